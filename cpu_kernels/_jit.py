@@ -1,0 +1,234 @@
+"""@kernel: the one place where Numba's options, the disk cache and the loading of compiled code are decided.
+
+A kernel is a *factory*: a function of plain constants (its specialisation) that returns the body to compile.
+
+    @kernel
+    def scale_rows(accumulate):                              # part of the cache key
+        from .simd import bc, ld, st                         # here, not at the top: see below
+        def body(tile, scratch, x, out, n, factor: "f32"):   # addresses and sizes are int64, "f32" is a float
+            ...
+        return body
+
+    run.launch(scale_rows(accumulate=True), n_tiles, (x, out, n, 0.5))
+
+`scale_rows(accumulate=True)` is a Code: it costs nothing until its `address` is asked for. Then the object file
+comes from the disk cache and is loaded by llvmlite alone, or the body is compiled by Numba and kept. So a warm start
+never imports Numba (0.4 s), as long as no module imports it, or `simd`, at its top.
+
+A body gets the index of its tile, the address of its thread's scratch (SCRATCH_BYTES), and its arguments. It takes
+no arrays, allocates nothing and cannot raise: there are no bounds checks, so wrappers validate before they launch.
+Compiled code has the ABI of a Numba function: int32 f(void *ret, void **exc, int64 args, int64 tile, int64 scratch).
+
+The cache lives in the user's cache folder (KONLY_CACHE_DIR overrides), one folder per key: the content of all of
+cpu_kernels/, the versions of Numba and llvmlite, the CPU's name and features. Files are written beside and renamed,
+so two processes may compile at once; a folder that cannot be written costs a compilation per process, nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from .isa import CPU_FEATURES, CPU_NAME
+
+MAGIC = b"konlyobj"
+SCRATCH_BYTES = 2 << 20  # per thread
+OPTIONS: dict[str, Any] = {
+    "error_model": "numpy",  # no exceptions, so no Python symbols in the object file
+    "boundscheck": False,
+    "fastmath": {"reassoc", "contract"},  # never nnan or ninf: masks are -inf
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+
+_lock = threading.RLock()
+_engines: list[Any] = []  # MCJIT engines own the machine code; one per object, since symbols of two may be equal
+
+
+class Code:
+    """One specialisation of a kernel: compiled, or loaded from the cache, when `address` is first asked for."""
+
+    def __init__(self, name: str, build: Callable[[], Callable[..., None]]):
+        self.name = name
+        self._build = build
+        self._address = 0
+
+    @property
+    def loaded(self) -> bool:
+        return self._address != 0
+
+    @property
+    def address(self) -> int:
+        if not self._address:
+            with _lock:
+                if not self._address:
+                    self._address = _link(*(_read(self.name) or self._compile()))
+        return self._address
+
+    @property
+    def cached(self) -> bool:
+        """Whether the address can be had without compiling."""
+        return self.loaded or _path(self.name).exists()
+
+    def _compile(self) -> tuple[str, bytes]:
+        symbol, code = _compile(self._build())
+        _write(self.name, symbol, code)
+        return symbol, code
+
+    def assembly(self) -> str:
+        """What the compiler emitted, for tests that look at instructions."""
+        return _dispatcher(self._build()).inspect_asm().popitem()[1]
+
+
+def kernel(factory: Callable[..., Callable[..., None]]) -> Callable[..., Code]:
+    """Turn a factory of kernel bodies into a factory of Codes; equal constants give the same Code."""
+    base = f"{factory.__module__.removeprefix(__package__ + '.')}.{factory.__name__}"
+    codes: dict[tuple[tuple[str, Any], ...], Code] = {}
+
+    @functools.wraps(factory)
+    def code(**spec: Any) -> Code:
+        key = tuple(sorted(spec.items()))
+        if key not in codes:
+            name = "-".join([base] + [f"{k}={v}" for k, v in key])
+            codes[key] = Code(name, lambda: factory(**spec))
+        return codes[key]
+
+    return code
+
+
+def load(codes: Iterable[Code], progress: Callable[[int, int, str], None] | None = None) -> int:
+    """Load every code, the cached ones first; returns how many had to be compiled.
+
+    progress(done, total, name) is called before each compilation and once at the end, with total = those to compile.
+    """
+    missing = [c for c in dict.fromkeys(codes) if not c.loaded]
+    to_compile = [c for c in missing if not c.cached]
+    for c in missing:
+        if c.cached:
+            _ = c.address
+    for i, c in enumerate(to_compile):
+        if progress:
+            progress(i, len(to_compile), c.name)
+        _ = c.address
+    if progress and to_compile:
+        progress(len(to_compile), len(to_compile), "")
+    return len(to_compile)
+
+
+# ------------------------------------------------------------------------------------------------ compile and link
+
+
+def _dispatcher(body: Callable[..., None]) -> Any:
+    from numba import njit, types
+
+    from .simd import unpack
+
+    parameters = list(inspect.signature(body).parameters.values())[2:]
+    arguments = unpack(["f32" if p.annotation == "f32" else "i64" for p in parameters])
+    inner = njit(**OPTIONS)(body)
+
+    def entry(args, tile, scratch):
+        inner(tile, scratch, *arguments(args))
+
+    return njit(types.void(types.intp, types.intp, types.intp), **OPTIONS)(entry)
+
+
+def _compile(body: Callable[..., None]) -> tuple[str, bytes]:
+    """(symbol, object file) of a body."""
+    compiled = next(iter(_dispatcher(body).overloads.values()))
+    _, _, (code, _) = compiled.library.serialize_using_object_code()
+    return compiled.fndesc.llvm_func_name, code
+
+
+@functools.cache
+def _target() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()
+
+
+def _link(symbol: str, code: bytes) -> int:
+    machine = _target().create_target_machine(codemodel="jitdefault", jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(symbol)
+    assert address, f"{symbol} is not in its object file"
+    _engines.append(engine)
+    return int(address)
+
+
+# --------------------------------------------------------------------------------------------------- the disk cache
+
+
+@functools.cache
+def cache_key() -> str:
+    """Hash of everything that compiled code depends on."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for part in (version("numba"), version("llvmlite"), sys.platform, CPU_NAME, CPU_FEATURES):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """Folder of this key's object files; it may not exist."""
+    if "KONLY_CACHE_DIR" in os.environ:
+        base = Path(os.environ["KONLY_CACHE_DIR"])
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "konly"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches/konly"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "konly"
+    return base / cache_key()
+
+
+def _path(name: str) -> Path:
+    return cache_dir() / f"{name}.o"
+
+
+def _read(name: str) -> tuple[str, bytes] | None:
+    """(symbol, object file), or None if the cache has none or a damaged one."""
+    try:
+        data = _path(name).read_bytes()
+    except OSError:
+        return None
+    head = len(MAGIC) + 32
+    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(data[head:]).digest() != data[len(MAGIC) : head]:
+        return None
+    (n,) = struct.unpack_from("<I", data, head)
+    return data[head + 4 : head + 4 + n].decode(), data[head + 4 + n :]
+
+
+def _write(name: str, symbol: str, code: bytes) -> None:
+    payload = struct.pack("<I", len(symbol)) + symbol.encode() + code
+    path = _path(name)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, path)
+    except OSError:  # read-only home, full disk: this process has the code, the next one compiles again
+        if temporary is not None:
+            try:
+                os.unlink(temporary)
+            except OSError:
+                pass

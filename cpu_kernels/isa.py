@@ -1,0 +1,63 @@
+"""Which CPU the kernels are compiled for, and what follows from it.
+
+The host's by default; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES (Numba's own variables) choose another, for tests.
+Nothing here imports Numba.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+
+def _host() -> tuple[str, str]:
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if "NUMBA_CPU_NAME" in os.environ else llvm.get_host_cpu_features().flatten()
+    return name, features
+
+
+CPU_NAME, CPU_FEATURES = _host()
+FEATURES = frozenset(f[1:] for f in CPU_FEATURES.split(",") if f.startswith("+"))
+
+
+@dataclass(frozen=True)
+class Isa:
+    """The instructions that have no generic LLVM form, and the register blocks that fit the register file."""
+
+    x86: bool
+    avx2: bool
+    avx512: bool  # 512-bit vectors with byte and word operations
+    vnni512: bool  # vpdpbusd and vpdpwssd on 512 bits
+    avxvnni: bool  # vpdpbusd on 256 bits
+    bf16: bool  # vdpbf16ps on 512 bits
+    f16: bool  # f16 <-> f32 conversion in hardware; without it LLVM calls a library function that may be missing
+
+    @property
+    def n_acc(self) -> int:
+        """16-lane f32 accumulators that a microkernel may hold: 24 of 32 zmm, 6 (as pairs) of 16 ymm or 32 q."""
+        return 24 if self.avx512 else 6
+
+    @property
+    def panel(self) -> str:
+        """What quantised weights are decoded to for many rows: 'bf16' where the CPU multiplies it, else 'f32'."""
+        return "bf16" if self.bf16 else "f32"
+
+
+def _isa(features: frozenset[str]) -> Isa:
+    avx512 = "avx512bw" in features and "avx512vl" in features
+    return Isa(
+        x86="sse2" in features,
+        avx2="avx2" in features,
+        avx512=avx512,
+        vnni512=avx512 and "avx512vnni" in features,
+        avxvnni="avxvnni" in features,
+        bf16=avx512 and "avx512bf16" in features,
+        f16="f16c" in features or "sse2" not in features,
+    )
+
+
+ISA = _isa(FEATURES)

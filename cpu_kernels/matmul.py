@@ -1,0 +1,145 @@
+"""Products of quantised weights and a few rows of activations, straight from the file's bytes.
+
+    out[t, b, r] (+)= weight[b, r] · x[t, b]          b: head (1 for a plain matrix), r: row, t: token
+
+A tile is a block of weight rows of one head; every row is dotted with every token while it is in the first cache. The
+arithmetic of a row is that of quants.row_dot whatever the number of tokens, so a row in a batch has the bits of a row
+alone. Activations are quantised once for all weights that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import quants
+from ._jit import kernel
+from .check import array, rows_f32
+
+TILE_BYTES = 64 << 10  # of weights: a few microseconds of work
+
+
+@kernel
+def dot_rows(type_id, accumulate):
+    """A tile: n_block rows of one head, times all tokens."""
+    from .simd import ld_scalar, st_scalar
+
+    row_dot = quants.row_dot(type_id)
+
+    def body(tile, scratch, w, w_head, w_row, n_rows, n_block, x, x_tok, x_head, out, out_tok, out_head, n_tok, k):
+        blocks = (n_rows + n_block - 1) // n_block
+        head, first = tile // blocks, tile % blocks * n_block
+        w += head * w_head + first * w_row
+        x += head * x_head
+        out += head * out_head + 4 * first
+        for r in range(min(n_block, n_rows - first)):
+            for t in range(n_tok):
+                value = row_dot(w + r * w_row, x + t * x_tok, k)
+                to = out + t * out_tok + 4 * r
+                if accumulate:
+                    value += ld_scalar(to)
+                st_scalar(to, value)
+
+    return body
+
+
+def matmul(
+    run: Any,
+    weight: Any | Sequence[Any],
+    x: np.ndarray,
+    out: np.ndarray | Sequence[np.ndarray],
+    accumulate: bool = False,
+) -> None:
+    """out (n_tok, m) = x (n_tok, k) @ weight (m, k).T, all f32 but the weight; added to out if accumulate.
+
+    weight and out may be lists: several matrices of the same x.
+    """
+    weights = list(weight) if isinstance(weight, list | tuple) else [weight]
+    outs = list(out) if isinstance(out, list | tuple) else [out]
+    rows_f32("x", x, 2)
+    for w, o in zip(weights, outs):
+        rows_f32("out", o, 2, (x.shape[0], w.shape[0]))
+    _products(
+        run,
+        [(w, w.data[None], o[:, None, :]) for w, o in zip(weights, outs)],
+        x[:, None, :],
+        accumulate,
+    )
+
+
+def matmul_heads(run: Any, weight: Any, x: np.ndarray, out: np.ndarray) -> None:
+    """out (n_tok, n_head, m) = weight (n_head, m, k) times x (n_tok, n_head, k), head by head."""
+    n_head, m, k = weight.shape
+    rows_f32("x", x, 3, (x.shape[0], n_head, k))
+    rows_f32("out", out, 3, (x.shape[0], n_head, m))
+    _products(run, [(weight, weight.data, out)], x, False)
+
+
+def _products(run: Any, jobs: list[tuple[Any, np.ndarray, np.ndarray]], x: np.ndarray, accumulate: bool) -> None:
+    """jobs: (weight, its bytes (n_head, m, row bytes), out (n_tok, n_head, m)); x (n_tok, n_head, k)."""
+    n_tok, n_head, k = x.shape
+    formats = [quants.FORMATS[w.type.id] for w, _, _ in jobs]
+    records = quantised(run, {f.activation for f in formats}, x)
+    for i, ((w, data, out), f) in enumerate(zip(jobs, formats)):
+        array("weight", data, np.uint8, 3, (n_head, w.shape[-2], quants.row_bytes(w.type.id, k)))
+        acts, tok, head = records[f.activation]
+        m, row = w.shape[-2], data.strides[-2]
+        n_block = max(1, TILE_BYTES // row)
+        args = (data, data.strides[0], row, m, n_block, acts, tok, head, out, *out.strides[:2], n_tok, k)
+        code = dot_rows(type_id=w.type.id, accumulate=accumulate)
+        run.launch(code, n_head * -(-m // n_block), args, barrier=i == len(jobs) - 1)
+
+
+def quantised(run: Any, kinds: set[str], x: np.ndarray, at: int = 0) -> dict[str, tuple[np.ndarray, int, int]]:
+    """x (n_tok, n_head, k) as each kind of activation: (array, stride of a token, stride of a head) in bytes.
+
+    Queues the quantisation into the run's workspace, from byte `at`.
+    """
+    n_tok, n_head, k = x.shape
+    sizes = {kind: -(-quants.record_bytes(kind, k) * n_tok * n_head // 64) * 64 for kind in sorted(kinds - {"f32"})}
+    memory = run.workspace(at + sum(sizes.values()))
+    result = {"f32": (x, x.strides[0], x.strides[1])}
+    for kind, size in sizes.items():
+        record = quants.record_bytes(kind, k)
+        part = memory[at : at + record * n_tok * n_head]
+        quants.quantise_rows(run, kind, x, part)
+        result[kind] = (part, record * n_head, record)
+        at += size
+    return result
+
+
+@kernel
+def decode_row(type_id):
+    """One row a tile, decoded to f32."""
+    from numba import types
+
+    from .simd import A, instruction, ld_i32, offset, store
+
+    decode, block, nbytes = quants.decoder(type_id), quants.FORMATS[type_id].block, quants.FORMATS[type_id].nbytes
+
+    @instruction(types.void, A, A)
+    def decode_block(b, w, out):
+        for column, values in decode(b, w):
+            store(b, values, offset(b, out, 4 * column))
+
+    def body(tile, scratch, w, w_row, tokens, out, out_tok, k):
+        w += ld_i32(tokens + 4 * tile) * w_row
+        out += tile * out_tok
+        for _ in range(k // block):
+            decode_block(w, out)
+            w += nbytes
+            out += 4 * block
+
+    return body
+
+
+def embed_rows(run: Any, weight: Any, tokens: np.ndarray, out: np.ndarray) -> None:
+    """out (n_tok, k) f32 = weight (m, k) at rows tokens (n_tok,) int32, which the caller has checked to be below m."""
+    (n_tok,) = array("tokens", tokens, np.int32, 1)
+    k = weight.shape[-1]
+    rows_f32("out", out, 2, (n_tok, k))
+    data = weight.data
+    array("weight", data, np.uint8, 2, (weight.shape[0], quants.row_bytes(weight.type.id, k)))
+    run.launch(decode_row(type_id=weight.type.id), n_tok, (data, data.strides[0], tokens, out, out.strides[0], k))

@@ -1,0 +1,96 @@
+"""The ggml formats of weights: how a block decodes, and how a row of blocks is multiplied with an activation row.
+
+One file per family of formats, with the block drawn in its docstring. A format has two things:
+
+    decode(b, w)     a generator of LLVM code: (column, 16 floats) for one block, the same bits as gguf's dequantiser
+    row_dot          weight row x activation row; its activations are f32, or int8 as `quantise_rows` leaves them
+
+Activations in int8 come in two layouts, both in natural order:
+
+    q8_256  for formats with blocks of 256; a row is k / 256 records of 320 bytes
+            | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused |
+    q8_32   for formats with blocks of 32; a row is padded to 64 values, the padding has values and scale 0
+            | int8 values | f32 scale of each 32 | unused up to a multiple of 64 bytes |
+
+A row of q8_256 needs no shorter scale, since such weights share one f16 scale per 256 as well; q8_32 exists because
+rows of 1408 or 10944 values have no blocks of 256. Every format but F32, F16 and BF16 has an int8 dot.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .activations import quantise_rows, record_bytes
+
+__all__ = ["FORMATS", "Format", "decoder", "quantise_rows", "record_bytes", "row_bytes", "row_dot"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A ggml type as the kernels see it."""
+
+    name: str
+    type_id: int
+    block: int  # values per block; 32 for the plain floats
+    nbytes: int  # bytes per block
+    activation: str  # what row_dot reads: 'f32', 'q8_256' or 'q8_32'
+    family: str  # the module of its code
+
+
+FORMATS: dict[int, Format] = {
+    f.type_id: f
+    for f in (
+        Format("F32", 0, 32, 128, "f32", "floats"),
+        Format("F16", 1, 32, 64, "f32", "floats"),
+        Format("BF16", 30, 32, 64, "f32", "floats"),
+        Format("Q4_0", 2, 32, 18, "q8_32", "q4"),
+        Format("Q4_1", 3, 32, 20, "q8_32", "q4"),
+        Format("Q5_0", 6, 32, 22, "q8_32", "q5"),
+        Format("Q5_1", 7, 32, 24, "q8_32", "q5"),
+        Format("Q8_0", 8, 32, 34, "q8_32", "q8"),
+        Format("Q2_K", 10, 256, 84, "q8_256", "q2_k"),
+        Format("Q3_K", 11, 256, 110, "q8_256", "q3_k"),
+        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k"),
+        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k"),
+        Format("Q6_K", 14, 256, 210, "q8_256", "q6_k"),
+        Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4"),
+        Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4"),
+    )
+}
+
+
+def row_bytes(type_id: int, k: int) -> int:
+    """Bytes of a weight row of k values."""
+    f = FORMATS[type_id]
+    if k % f.block:
+        raise ValueError(f"a row of {k} values is not made of {f.name} blocks of {f.block}")
+    return k // f.block * f.nbytes
+
+
+def decoder(type_id: int) -> Callable[[Any, Any], Any]:
+    """decode(b, w): yields (column, <16 x f32>) in ascending order for the block at address w. Imports Numba."""
+    return getattr(_family(type_id), f"decode_{FORMATS[type_id].name.lower()}")
+
+
+@functools.cache
+def row_dot(type_id: int) -> Any:
+    """A device function (w, x, k) -> f32: weight row at w times activation row at x, k values. Imports Numba.
+
+    x is k f32 or the row's q8_256 or q8_32 record, as FORMATS says. Nothing after the weight row is read.
+    """
+    from . import row_dots
+
+    f = FORMATS[type_id]
+    if f.activation == "f32":
+        return row_dots.over_floats(decoder(type_id), f.block, f.nbytes)
+    emit = getattr(_family(type_id), f"dot_{f.name.lower()}")
+    loop = row_dots.over_blocks if f.activation == "q8_256" else row_dots.over_pairs
+    return loop(emit, f.nbytes)
+
+
+def _family(type_id: int) -> Any:
+    return importlib.import_module(f".{FORMATS[type_id].family}", __package__)

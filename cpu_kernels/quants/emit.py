@@ -1,0 +1,163 @@
+"""Pieces of LLVM code that several formats share: unpacking bits, and integer products. Imports Numba."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..isa import ISA
+from ..microkernel import dot
+from ..simd import F16, F32, I8, I16, I32, VF, VI, V, call, concat, const_i, fma_, load, offset, shuffle
+
+
+def halves(b, *addresses):
+    """The f16 at one or two addresses as <2 x f32>.
+
+    Put together as an integer: for a plain f16 load LLVM 22 emits vpinsrw into whatever register is at hand, often
+    the accumulator, and the loop then waits for itself. One Zen 5 core, 256 rows of 2048, G weights/s:
+    Q4_1 12.6 -> 22.1, Q5_0 17.4 -> 22.5.
+    """
+    bits = [b.zext(load(b, a, I16), I32) for a in addresses]
+    both = bits[0] if len(bits) == 1 else b.or_(bits[0], b.shl(bits[1], ir.Constant(I32, 16)))
+    return b.fpext(b.bitcast(both, V(F16, 2)), V(F32, 2))
+
+
+def half(b, address):
+    """The f16 at an address as f32."""
+    return b.extract_element(halves(b, address), ir.Constant(I32, 0))
+
+
+def take(b, x, index):
+    """Lanes of a vector, by constant index."""
+    return shuffle(b, x, x, index)
+
+
+def unsigned(b, v):
+    """<16 x i8>, 0..255 -> 16 floats."""
+    return b.sitofp(b.zext(v, VI), VF)
+
+
+def signed(b, v):
+    """<16 x i8>, -128..127 -> 16 floats."""
+    return b.sitofp(b.sext(v, VI), VF)
+
+
+def fields(b, packed, shifts, mask):
+    """Bit fields of bytes: part i of `packed` (of len(shifts) equal parts) shifted right by shifts[i], and masked.
+
+    Negative shifts go left. Shifted as 32-bit lanes (x86 has no shifts of bytes): what crosses into a byte from its
+    neighbour must be masked away, so mask << shift must fit a byte.
+    """
+    n = packed.type.count
+    lanes = V(I32, n // 4)
+    x = b.bitcast(packed, lanes)
+    per = [s for s in shifts for _ in range(n // 4 // len(shifts))]
+    if any(s > 0 for s in per):
+        x = b.lshr(x, ir.Constant(lanes, [max(s, 0) for s in per]))
+    if any(s < 0 for s in per):
+        x = b.shl(x, ir.Constant(lanes, [max(-s, 0) for s in per]))
+    return b.and_(b.bitcast(x, packed.type), const_i(mask, n, I8))
+
+
+def nibbles(b, *addresses):
+    """16 bytes at each of one, two or four addresses -> 32 codes each: the low nibbles, then the high ones."""
+    q = [load(b, a, V(I8, 16)) for a in addresses for _ in range(2)]
+    return fields(b, concat(b, *q), (0, 4) * len(addresses), 15)
+
+
+def lookup(b, table, index):
+    """<n x i8> index, 0..15 -> bytes of a table of 16 ints; n = 16, 32 or 64."""
+    n = index.type.count
+    width, name = 16, "llvm.aarch64.neon.tbl1.v16i8"
+    if ISA.x86:
+        width, name = 16, "llvm.x86.ssse3.pshuf.b.128"
+        if n >= 32 and ISA.avx2:
+            width, name = 32, "llvm.x86.avx2.pshuf.b"
+        if n == 64 and ISA.avx512:
+            width, name = 64, "llvm.x86.avx512.pshuf.b.512"
+    values = ir.Constant(V(I8, width), list(table) * (width // 16))
+    parts = [take(b, index, range(i, i + width)) for i in range(0, n, width)]
+    return concat(b, *[call(b, name, V(I8, width), [values, p]) for p in parts])
+
+
+# ------------------------------------------------------------------------------------- integer products, q8_256
+
+
+def pair_sums(b, u, s):
+    """64 u8 * s8 -> 32 i16, sums of two neighbours; u <= 127, since x86 saturates."""
+    if ISA.avx512:
+        return call(b, "llvm.x86.avx512.pmaddubs.w.512", V(I16, 32), [u, s])
+    if ISA.avx2:
+        part = lambda v, h: take(b, v, range(h, h + 32))  # noqa: E731
+        name = "llvm.x86.avx2.pmadd.ub.sw"
+        return concat(b, *[call(b, name, V(I16, 16), [part(u, h), part(s, h)]) for h in (0, 32)])
+    p = b.mul(b.zext(u, V(I16, 64)), b.sext(s, V(I16, 64)))
+    return b.add(take(b, p, range(0, 64, 2)), take(b, p, range(1, 64, 2)))
+
+
+def quad_sums(b, x, y, acc=None):
+    """n i16 * i16 -> n / 2 i32, sums of two neighbours, added to acc; n = 16 or 32."""
+    n = x.type.count
+    if n == 32 and acc is not None and ISA.vnni512:
+        return call(b, "llvm.x86.avx512.vpdpwssd.512", VI, [acc, x, y])
+    if n == 32 and ISA.avx512:
+        p = call(b, "llvm.x86.avx512.pmaddw.d.512", VI, [x, y])
+    elif n == 16 and ISA.avx2:
+        p = call(b, "llvm.x86.avx2.pmadd.wd", V(I32, 8), [x, y])
+    elif n == 32:
+        p = concat(b, *[quad_sums(b, take(b, x, h), take(b, y, h)) for h in (range(16), range(16, 32))])
+    else:
+        p = b.mul(b.sext(x, V(I32, n)), b.sext(y, V(I32, n)))
+        p = b.add(take(b, p, range(0, n, 2)), take(b, p, range(1, n, 2)))
+    return p if acc is None else b.add(acc, p)
+
+
+def widen(b, v):
+    """<8 x T> -> <16 x T>, zeros above."""
+    return concat(b, v, ir.Constant(v.type, None))
+
+
+def magnitude(b, q, x):
+    """Signed x signed as unsigned x signed: |q| and x with the sign of q; -128 becomes 128."""
+    zero = ir.Constant(q.type, None)
+    negative = b.icmp_signed("<", q, zero)
+    return b.select(negative, b.sub(zero, q), q), b.select(negative, b.sub(zero, x), x)
+
+
+# -------------------------------------------------------------------------------------- integer products, q8_32
+
+
+def dot_unsigned(b, u, s, acc=None):
+    """64 u8 * s8 -> 16 i32, sums of four neighbours; u <= 128."""
+    return dot(b, "u8s8", const_i(0) if acc is None else acc, b.bitcast(u, VI), b.bitcast(s, VI))
+
+
+def dot_signed(b, q, x):
+    return dot_unsigned(b, *magnitude(b, q, x))
+
+
+def block_factors(b, blocks, at, scales):
+    """f16 at offset `at` of two blocks, times the two activation scales: 8 lanes each."""
+    product = b.fmul(halves(b, *[offset(b, w, at) for w in blocks]), load(b, scales, V(F32, 2)))
+    return take(b, product, [0] * 8 + [1] * 8)
+
+
+def add_scaled(b, acc, sums, blocks, scales, at=0):
+    """acc + float(sums) * (f16 at offset `at` of its block) * (activation scale)"""
+    return fma_(b, b.sitofp(sums, VF), block_factors(b, blocks, at, scales), acc)
+
+
+def add_shifted(b, acc, u, shift, blocks, x, scales):
+    """add_scaled of the codes u - shift."""
+    sums = b.sub(dot_unsigned(b, u, x), dot_unsigned(b, const_i(shift, 64, I8), x))
+    return add_scaled(b, acc, sums, blocks, scales)
+
+
+def add_with_minimum(b, acc, u, blocks, x, scales):
+    """acc + the dot product of d * u + m, with d at the start of a block and m behind it."""
+    acc = add_scaled(b, acc, dot_unsigned(b, u, x), blocks, scales)
+    return add_scaled(b, acc, dot_unsigned(b, const_i(1, 64, I8), x), blocks, scales, at=2)
+
+
+def columns(v):
+    """(first, lanes) of the 16-value parts of a vector."""
+    return [(c, range(c, c + 16)) for c in range(0, v.type.count, 16)]

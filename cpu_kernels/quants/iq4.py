@@ -1,0 +1,65 @@
+"""IQ4_NL and IQ4_XS: values of 4 bits that index a table of 16 unevenly spaced int8.
+
+    IQ4_NL   32 values in 18 bytes      | d f16 | 16 bytes qs |
+             value = d * TABLE[q], q lies as in Q4_0
+    IQ4_XS   256 values in 136 bytes    | d f16 | scales_h u16 | 4 bytes scales_l | 128 bytes qs |
+             value = d * (scale - 32) * TABLE[q], 8 sub-blocks of 32, each 16 bytes that lie as in Q4_0
+
+Scale i of IQ4_XS has the low four bits nibble i of scales_l, and above them bits 2i and 2i + 1 of scales_h.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..simd import F32, I8, I16, I32, VF, V, W, const_i, fma_, load, offset, splat
+from .activations import SCALE
+from .emit import add_scaled, columns, dot_signed, half, lookup, magnitude, nibbles, pair_sums, quad_sums, signed, take
+
+TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def decode_iq4_nl(b, w):
+    d, q = splat(b, half(b, w)), lookup(b, TABLE, nibbles(b, offset(b, w, 2)))
+    for c, lanes in columns(q):
+        yield c, b.fmul(signed(b, take(b, q, lanes)), d)
+
+
+def dot_iq4_nl(b, acc, blocks, x, scales):
+    q = lookup(b, TABLE, nibbles(b, *[offset(b, w, 2) for w in blocks]))
+    return add_scaled(b, acc, dot_signed(b, q, x), blocks, scales)
+
+
+def _scales(b, w):
+    """8 i32, -32..31."""
+    lanes = V(I32, 8)
+    low, high = load(b, offset(b, w, 4), I32), b.zext(load(b, offset(b, w, 2), I16), I32)
+
+    def field(x, bits):
+        shifted = b.lshr(splat(b, x, 8), ir.Constant(lanes, [bits * i for i in range(8)]))
+        return b.and_(shifted, const_i((1 << bits) - 1, 8))
+
+    return b.sub(b.or_(field(low, 4), b.shl(field(high, 2), const_i(4, 8))), const_i(32, 8))
+
+
+def _values(b, w, i):
+    """64 int8 from column 64i."""
+    return lookup(b, TABLE, nibbles(b, *[offset(b, w, 8 + 32 * i + 16 * j) for j in range(2)]))
+
+
+def decode_iq4_xs(b, w):
+    scales = b.fmul(b.sitofp(_scales(b, w), V(F32, 8)), splat(b, half(b, w), 8))
+    for i in range(4):
+        q = _values(b, w, i)
+        for c, lanes in columns(q):
+            yield 64 * i + c, b.fmul(signed(b, take(b, q, lanes)), take(b, scales, [2 * i + c // 32] * W))
+
+
+def dot_iq4_xs(b, acc, w, x):
+    scales = b.trunc(_scales(b, w), V(I16, 8))
+    total = None
+    for i in range(4):
+        pairs = pair_sums(b, *magnitude(b, _values(b, w, i), load(b, offset(b, x, 64 * i), V(I8, 64))))
+        total = quad_sums(b, pairs, take(b, scales, [2 * i + j // 16 for j in range(32)]), total)
+    factor = b.fmul(half(b, w), load(b, offset(b, x, SCALE), F32))
+    return fma_(b, b.sitofp(total, VF), splat(b, factor), acc)

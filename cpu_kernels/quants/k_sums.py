@@ -1,0 +1,29 @@
+"""The integer dot product of formats with 16 sub-blocks of 16: Q2_K, Q3_K, Q6_K. Imports Numba."""
+
+from __future__ import annotations
+
+from ..simd import F32, I8, I16, VF, V, const_i, fma_, load, offset, splat
+from .activations import SCALE, SUMS
+from .emit import half, pair_sums, quad_sums, take, widen
+
+
+def scaled_sums(b, codes, scales, x):
+    """codes: four vectors of 64, 0..127; scales <16 x i16> -> 16 i32 whose sum is that of scale * code * x."""
+    total = None
+    for i, u in enumerate(codes):
+        pairs = pair_sums(b, u, load(b, offset(b, x, 64 * i), V(I8, 64)))
+        total = quad_sums(b, pairs, take(b, scales, [4 * i + j // 8 for j in range(32)]), total)
+    return total
+
+
+def sums_of_16(b, factors, x):
+    """factors <16 x i16> times the activations' sums of 16 -> 16 i32."""
+    return widen(b, quad_sums(b, factors, load(b, offset(b, x, SUMS), V(I16, 16))))
+
+
+def add_centred(b, acc, codes, centre, scales, d, x):
+    """acc + the dot product of d * scale * (code - centre); scales <16 x i8>, d the address of an f16."""
+    scales = b.sext(scales, V(I16, 16))
+    low = b.mul(sums_of_16(b, scales, x), const_i(centre))
+    total = b.sitofp(b.sub(scaled_sums(b, codes, scales, x), low), VF)
+    return fma_(b, total, splat(b, b.fmul(half(b, d), load(b, offset(b, x, SCALE), F32))), acc)

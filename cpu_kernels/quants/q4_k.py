@@ -1,0 +1,96 @@
+"""Q4_K and Q5_K: 256 values of 4 and 5 bits in 144 and 176 bytes; 8 sub-blocks of 32 with scale and minimum.
+
+    Q4_K   | d f16 | dmin f16 | 12 bytes: 8 scales, 8 minima of 6 bits |               128 bytes qs |
+    Q5_K   | d f16 | dmin f16 | 12 bytes: 8 scales, 8 minima of 6 bits | 32 bytes qh | 128 bytes qs |
+
+    value = d * scale * q - dmin * minimum
+
+Sub-blocks 2i and 2i + 1 are the low and the high nibbles of bytes 32i..32i+31 of qs; bit 4 of value l of sub-block i
+is bit i of qh[l]. In the 12 bytes s, for i < 4:
+
+    scale i = s[i] & 63        scale i + 4 = (s[i + 8] & 15) | (s[i]     >> 6) << 4
+    min   i = s[i + 4] & 63    min   i + 4 = (s[i + 8] >> 4) | (s[i + 4] >> 6) << 4
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..simd import F16, F32, I8, I16, I32, I64, VF, V, W, concat, fma_, load, offset, shuffle, splat
+from .activations import SCALE, SUMS
+from .emit import fields, half, pair_sums, quad_sums, take, unsigned, widen
+
+
+def _scales(b, w):
+    """8 scales and 8 minima, each as the bytes of an i64."""
+    s = [load(b, offset(b, w, 4 + 4 * i), I32) for i in range(3)]
+
+    def masked(x, shift, mask):
+        return b.and_(b.lshr(x, ir.Constant(I32, shift)), ir.Constant(I32, mask))
+
+    def eight(low, high):
+        return b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), ir.Constant(I64, 32)))
+
+    def top(x):
+        return b.shl(masked(x, 6, 0x03030303), ir.Constant(I32, 4))
+
+    scales = eight(masked(s[0], 0, 0x3F3F3F3F), b.or_(masked(s[2], 0, 0x0F0F0F0F), top(s[0])))
+    minima = eight(masked(s[1], 0, 0x3F3F3F3F), b.or_(masked(s[2], 4, 0x0F0F0F0F), top(s[1])))
+    return scales, minima
+
+
+def _codes(b, w, i, high):
+    """64 codes of sub-blocks 2i and 2i + 1; high: whether there are fifth bits."""
+    q = load(b, offset(b, w, (48 if high else 16) + 32 * i), V(I8, 32))
+    codes = fields(b, concat(b, q, q), (0, 4), 15)
+    if not high:
+        return codes
+    qh = load(b, offset(b, w, 16), V(I8, 32))
+    return b.or_(codes, fields(b, concat(b, qh, qh), (2 * i - 4, 2 * i - 3), 16))
+
+
+def _decode(b, w, high):
+    scales, minima = (b.uitofp(b.bitcast(v, V(I8, 8)), V(F32, 8)) for v in _scales(b, w))
+    scales = b.fmul(scales, splat(b, half(b, w), 8))
+    minima = b.fmul(minima, splat(b, half(b, offset(b, w, 2)), 8))
+    for i in range(4):
+        q = _codes(b, w, i, high)
+        for c in range(0, 64, W):
+            sub = [2 * i + c // 32] * W
+            product = b.fmul(unsigned(b, take(b, q, range(c, c + W))), take(b, scales, sub))
+            yield 64 * i + c, b.fsub(product, take(b, minima, sub))
+
+
+def _dot(b, acc, w, x, high):
+    scales, minima = _scales(b, w)
+    # the scales repeated in every 16 bytes, so that the shuffles below stay within 128-bit lanes
+    spread, zeros = b.bitcast(splat(b, scales, 8), V(I8, 64)), ir.Constant(V(I8, 64), None)
+    total = None
+    for i in range(4):
+        pairs = pair_sums(b, _codes(b, w, i, high), load(b, offset(b, x, 64 * i), V(I8, 64)))
+        index = [64 if j % 2 else j // 16 * 16 + 2 * i + j // 32 for j in range(64)]
+        total = quad_sums(b, pairs, b.bitcast(shuffle(b, spread, zeros, index), V(I16, 32)), total)
+    # minima times the activations' sums of 16
+    twice = take(b, b.zext(b.bitcast(minima, V(I8, 8)), V(I16, 8)), [j // 2 for j in range(16)])
+    low = quad_sums(b, twice, load(b, offset(b, x, SUMS), V(I16, 16)))
+    factors = b.fmul(
+        b.fpext(load(b, w, V(F16, 2)), V(F32, 2)), splat(b, load(b, offset(b, x, SCALE), F32), 2)
+    )  # d and dmin
+    acc = fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), acc)
+    return fma_(b, b.fneg(b.sitofp(widen(b, low), VF)), take(b, factors, [1] * W), acc)
+
+
+def decode_q4_k(b, w):
+    return _decode(b, w, high=False)
+
+
+def decode_q5_k(b, w):
+    return _decode(b, w, high=True)
+
+
+def dot_q4_k(b, acc, w, x):
+    return _dot(b, acc, w, x, high=False)
+
+
+def dot_q5_k(b, acc, w, x):
+    return _dot(b, acc, w, x, high=True)

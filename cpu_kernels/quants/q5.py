@@ -1,0 +1,44 @@
+"""Q5_0 and Q5_1: 32 values of 5 bits in 22 and 24 bytes.
+
+    Q5_0   | d f16 | qh u32 | 16 bytes qs |             value = d * (q - 16)
+    Q5_1   | d f16 | m f16 | qh u32 | 16 bytes qs |     value = d * q + m
+
+The lower four bits lie as in Q4_0; bit 4 of value j is bit j of qh.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..simd import I8, I32, I64, V, const_f, const_i, load, offset, splat
+from .emit import add_shifted, add_with_minimum, columns, half, nibbles, take, unsigned
+
+
+def _codes(b, blocks, qh):
+    """32 codes, 0..31, of each block; qh is where the high bits are."""
+    low = nibbles(b, *[offset(b, w, qh + 4) for w in blocks])
+    n = low.type.count
+    bits = [load(b, offset(b, w, qh), I32) for w in blocks]
+    mask = bits[0] if n == 32 else b.or_(b.zext(bits[0], I64), b.shl(b.zext(bits[1], I64), ir.Constant(I64, 32)))
+    high = b.select(b.bitcast(mask, V(ir.IntType(1), n)), const_i(16, n, I8), const_i(0, n, I8))
+    return b.or_(low, high)
+
+
+def decode_q5_0(b, w):
+    d, q = splat(b, half(b, w)), _codes(b, [w], 2)
+    for c, lanes in columns(q):
+        yield c, b.fmul(b.fsub(unsigned(b, take(b, q, lanes)), const_f(16.0)), d)
+
+
+def decode_q5_1(b, w):
+    d, m, q = splat(b, half(b, w)), splat(b, half(b, offset(b, w, 2))), _codes(b, [w], 4)
+    for c, lanes in columns(q):
+        yield c, b.fadd(b.fmul(unsigned(b, take(b, q, lanes)), d), m)
+
+
+def dot_q5_0(b, acc, blocks, x, scales):
+    return add_shifted(b, acc, _codes(b, blocks, 2), 16, blocks, x, scales)
+
+
+def dot_q5_1(b, acc, blocks, x, scales):
+    return add_with_minimum(b, acc, _codes(b, blocks, 4), blocks, x, scales)

@@ -1,0 +1,42 @@
+"""The code of one block of `activations`: imports Numba, so only kernel factories import it."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from ..simd import F32, I8, I16, VF, VI, A, V, W, call, instruction, load, offset, splat, store
+from .activations import SCALE, SUMS
+
+
+def _quantise(b, x, n):
+    """n vectors of floats at x -> (scale, [n x <16 x i32>])."""
+    values = [load(b, offset(b, x, 64 * i), VF) for i in range(n)]
+    largest = [call(b, "llvm.fabs.v16f32", VF, [v]) for v in values]
+    while len(largest) > 1:
+        largest = [b.select(b.fcmp_ordered(">", p, q), p, q) for p, q in zip(largest[::2], largest[1::2], strict=True)]
+    top = call(b, "llvm.vector.reduce.fmax.v16f32", F32, largest)
+    real = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
+    zero, limit = ir.Constant(F32, 0.0), ir.Constant(F32, 127.0)
+    factor = splat(b, b.select(real, b.fdiv(limit, top), zero))
+    rounded = [call(b, "llvm.rint.v16f32", VF, [b.fmul(v, factor)]) for v in values]
+    return b.select(real, b.fdiv(top, limit), zero), [b.fptosi(v, VI) for v in rounded]
+
+
+@instruction(types.void, A, A)
+def block_256(b, x, out):
+    """256 floats -> a q8_256 record"""
+    scale, q = _quantise(b, x, 16)
+    for i, v in enumerate(q):
+        store(b, b.trunc(v, V(I8, W)), offset(b, out, 16 * i))
+        store(b, b.trunc(call(b, "llvm.vector.reduce.add.v16i32", VI.element, [v]), I16), offset(b, out, SUMS + 2 * i))
+    store(b, scale, offset(b, out, SCALE))
+
+
+@instruction(types.void, A, A, A)
+def block_32(b, x, out, scale_out):
+    """32 floats -> 32 int8 and a scale"""
+    scale, q = _quantise(b, x, 2)
+    for i, v in enumerate(q):
+        store(b, b.trunc(v, V(I8, W)), offset(b, out, 16 * i))
+    store(b, scale, scale_out)

@@ -1,0 +1,63 @@
+"""The disk cache of compiled kernels: hits, damage, folders that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+import numpy as np
+from cpu_kernels.threads import Run, BASE, load
+compiled = load(BASE)
+print(compiled, 'numba' in sys.modules)
+"""
+
+
+def run(cache: Path) -> tuple[int, bool]:
+    """(kernels compiled, whether Numba was imported) in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env=os.environ | {"KONLY_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled, numba = done.stdout.split()
+    return int(compiled), numba == "True"
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    assert run(cache) == (4, True)
+    return cache
+
+
+def test_a_second_process_compiles_nothing_and_needs_no_numba(filled: Path) -> None:
+    assert run(filled) == (0, False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+def test_a_damaged_object_is_compiled_again(filled: Path, damage: str) -> None:
+    path = next(filled.rglob("threads.work.o"))
+    good = path.read_bytes()
+    bad = {"empty": b"", "cut": good[:-1], "flipped": good[:-1] + bytes([good[-1] ^ 1])}[damage]
+    path.write_bytes(bad)
+    run(filled)
+    assert path.read_bytes() != bad
+    assert run(filled) == (0, False)
+
+
+def test_no_temporary_file_is_left_behind(filled: Path) -> None:
+    assert {p.suffix for p in filled.rglob("*") if p.is_file()} == {".o"}
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert run(blocked / "cache") == (4, True)
