@@ -1,0 +1,134 @@
+"""The K-cache: one row per token and layer, and no V anywhere.
+
+    K-cache of one layer: (n_ctx, row_stride) bytes      row of one token
+                                                        ┌─────────────────────────────┬──────────────┐
+      token 0   ─────────────────────────────────►      │ latent  kv_lora_rank = 512  │ rope n_rot=64│
+      …                                                 └─────────────────────────────┴──────────────┘
+      n_kv - 1                                            ▲ V is this part of the same bytes
+
+    type_k   latent                                      rope      after it             bytes (512 + 64)
+    f16      f16, after RMS norm and its weight          f16                            1152
+    bf16     bf16, the same                              bf16                           1152
+    q8       int8 (stored as value + 128) of the norm    bf16      f32 scale, padding   656
+             before its weight, times a Hadamard matrix
+
+Rows have a stride that is a multiple of 16 bytes; each layer starts on a page. Every other file that needs one of
+these numbers asks KCacheLayout; kernels get plain integers from it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import EngineError
+
+TYPES_K = ("f16", "bf16", "q8")
+PAGE = mmap.PAGESIZE
+
+
+@dataclass(frozen=True)
+class KCacheLayout:
+    """One row, and what follows from it. Sizes in bytes unless they count values."""
+
+    n_layer: int
+    n_ctx: int
+    kv_lora_rank: int
+    n_rot: int
+    type_k: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.type_k not in TYPES_K:
+            raise EngineError(f"type_k is {self.type_k!r}; expected one of {', '.join(TYPES_K)}")
+        for name in ("n_layer", "n_ctx", "kv_lora_rank", "n_rot"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise EngineError(f"{name} is {value!r}; expected a positive integer")
+
+    @property
+    def latent_nbytes(self) -> int:
+        return self.kv_lora_rank * (1 if self.type_k == "q8" else 2)
+
+    @property
+    def rope_offset(self) -> int:
+        return self.latent_nbytes
+
+    @property
+    def scale_offset(self) -> int:
+        """Where q8 keeps the row's f32 scale."""
+        return self.rope_offset + 2 * self.n_rot
+
+    @property
+    def row_stride(self) -> int:
+        used = self.scale_offset + (4 if self.type_k == "q8" else 0)
+        return -(-used // 16) * 16
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers."""
+        return self.n_layer * self.row_stride
+
+    @property
+    def nbytes(self) -> int:
+        """Of n_ctx tokens in all layers."""
+        return self.n_ctx * self.bytes_per_token
+
+    def defines(self) -> dict[str, int | str]:
+        """What the GPU's kernels are compiled with."""
+        return {
+            "KV_LORA_RANK": self.kv_lora_rank,
+            "N_ROT": self.n_rot,
+            "TYPE_K": self.type_k,
+            "ROW_STRIDE": self.row_stride,
+            "ROPE_OFFSET": self.rope_offset,
+            "SCALE_OFFSET": self.scale_offset,
+        }
+
+
+class KCache:
+    """The rows of one stream: `rows[il]` is (n_ctx, row_stride) u8, of which the first n_kv are filled.
+
+    An anonymous mapping: memory is taken page by page as rows are written, so a long n_ctx costs nothing by itself.
+    """
+
+    def __init__(self, layout: KCacheLayout):
+        self.layout = layout
+        self.n_kv = 0
+        layer_nbytes = -(-layout.n_ctx * layout.row_stride // PAGE) * PAGE
+        self._memory = _anonymous(layout.n_layer * layer_nbytes)
+        layers = np.frombuffer(self._memory, np.uint8).reshape(layout.n_layer, layer_nbytes)
+        self.rows = [layer[: layout.n_ctx * layout.row_stride].reshape(layout.n_ctx, -1) for layer in layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are filled."""
+        return self.n_kv * self.layout.bytes_per_token
+
+    def append(self, n: int) -> None:
+        """The next n rows have been written in every layer."""
+        assert 0 <= n <= self.layout.n_ctx - self.n_kv
+        self.n_kv += n
+
+    def truncate(self, n: int) -> None:
+        """Keep the first n tokens; the rows after them may be written again."""
+        if not isinstance(n, int | np.integer) or not 0 <= n <= self.n_kv:
+            raise EngineError(f"truncate({n!r}): expected 0 to n_kv = {self.n_kv}")
+        self.n_kv = int(n)
+
+    def release(self) -> None:
+        """Give all memory back; the cache holds no rows afterwards."""
+        self.n_kv, self.rows = 0, []
+        del self._memory
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    try:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            return mmap.mmap(-1, nbytes, flags=flags)
+        return mmap.mmap(-1, nbytes)
+    except (OSError, OverflowError, ValueError) as error:
+        size = f"{nbytes / 2**20:,.0f} MiB"
+        raise EngineError(f"no room for a K-cache of {size} ({error}); lower n_ctx, or take type_k q8") from None

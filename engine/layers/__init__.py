@@ -1,0 +1,1 @@
+"""What architectures share: attention, feed-forward, rotary positions."""
