@@ -5,7 +5,7 @@ A kernel is a *factory*: a function of plain constants (its specialisation) that
     @kernel
     def scale_rows(accumulate):                              # part of the cache key
         from .simd import bc, ld, st                         # here, not at the top: see below
-        def body(tile, scratch, x, out, n, factor: "f32"):   # addresses and sizes are int64, "f32" is a float
+        def body(tile, scratch, x, out, n, factor: f32):     # addresses and sizes are int64, f32 is a float
             ...
         return body
 
@@ -43,6 +43,7 @@ import llvmlite.binding as llvm
 
 from .isa import CPU_FEATURES, CPU_NAME
 
+f32 = "f32"  # annotates a float parameter of a body; by name, so that it reads the same with postponed annotations
 MAGIC = b"konlyobj"
 SCRATCH_BYTES = 2 << 20  # per thread
 OPTIONS: dict[str, Any] = {
@@ -136,7 +137,7 @@ def _dispatcher(body: Callable[..., None]) -> Any:
     from .simd import unpack
 
     parameters = list(inspect.signature(body).parameters.values())[2:]
-    arguments = unpack(["f32" if p.annotation == "f32" else "i64" for p in parameters])
+    arguments = unpack(["f32" if p.annotation == f32 else "i64" for p in parameters])
     inner = njit(**OPTIONS)(body)
 
     def entry(args, tile, scratch):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import f32, kernel
 from .check import array, rows_f32
 from .isa import ISA
 from .k_cache import _check
@@ -35,7 +35,7 @@ def pack_queries():
     """One group of 16 lanes a tile: its panel [C + R][16], scaled, and its limits; tile 0 counts the splits."""
     from .simd import ld_i32, ld_scalar, st_i32, st_i64, st_scalar
 
-    def body(tile, scratch, q, q_tok, q_head, n_head, n_lanes, width, n_kv, n_tok, scale: "f32",  # noqa: F821
+    def body(tile, scratch, q, q_tok, q_head, n_head, n_lanes, width, n_kv, n_tok, scale: f32,
              panels, limits, split, n_splits):  # fmt: skip
         if tile == 0:
             longest = 0
@@ -201,13 +201,12 @@ def mla_decode(
     sizes = [
         n_groups * width * 64,
         n_groups * 64,
-        64,
         -(-rows.shape[0] // split) * n_groups * 64 * (kv_lora_rank + 2),
     ]
     ends = np.cumsum(sizes)
     memory = run.workspace(int(ends[-1]))
-    panels, limits, n_splits, partial = np.split(memory, ends[:-1])
-    n_splits = n_splits[:8].view(np.int64)
+    panels, limits, partial = np.split(memory, ends[:-1])
+    n_splits = np.zeros(1, np.int64)  # not in the workspace: see Run.launch
     scale = float(kq_scale * LOG2_E)
     run.launch(
         pack_queries(), n_groups,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import f32, kernel
 from .check import array, rows_f32
 from .rope import rotation
 
@@ -72,7 +72,7 @@ def store_row(type_k, neox):
 
     rotate, transform = rotation(neox), hadamard()
 
-    def body(tile, scratch, kv_a, stride, weight, eps: "f32", cos_sin, cos_sin_stride,  # noqa: F821
+    def body(tile, scratch, kv_a, stride, weight, eps: f32, cos_sin, cos_sin_stride,
              positions, rows, row_stride, C, R):  # fmt: skip
         kv_a += tile * stride
         row = rows + ld_i32(positions + 4 * tile) * row_stride

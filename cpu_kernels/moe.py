@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import quants
-from ._jit import kernel
+from ._jit import f32, kernel
 from .check import array, rows_f32
 from .ffn import swiglu
 from .matmul import TILE_BYTES, quantised
@@ -27,7 +27,7 @@ def route_token(gating, has_bias, norm):
 
     from .simd import ld_scalar, st_i32, st_scalar
 
-    def body(tile, scratch, logits, stride, bias, n_expert, n_group, n_group_used, n_used, scale: "f32", ids, weights):  # noqa: F821
+    def body(tile, scratch, logits, stride, bias, n_expert, n_group, n_group_used, n_used, scale: f32, ids, weights):
         logits += tile * stride
         probs, select, groups = scratch, scratch + 4 * n_expert, scratch + 8 * n_expert
         if gating == "softmax":

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import f32, kernel
 from .check import rows_f32
 
 
@@ -13,7 +13,7 @@ def rms_norm_row():
     """One row a tile."""
     from .simd import bc, fma, hsum, ld, ld_scalar, st, st_scalar
 
-    def body(tile, scratch, x, x_stride, weight, out, out_stride, n, eps: "f32"):  # noqa: F821
+    def body(tile, scratch, x, x_stride, weight, out, out_stride, n, eps: f32):
         x += tile * x_stride
         out += tile * out_stride
         acc = bc(0.0)

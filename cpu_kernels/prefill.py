@@ -17,8 +17,8 @@ Every product is the microkernel, and every operand is written in the layout in 
     O'[d, q] = V' · P'          64 queries   softmax of S'            V' rows
 
 Queries are lanes, so the running maximum and sum are vertical arithmetic. Rows come in blocks of KV_TILES tiles: a job
-reads the cache, one expands K and V, one lets every (head, block of queries) attend; sums and outputs stay in f32 in the
-workspace in between. Heads come in groups, so that the workspace stays below WORKSPACE bytes.
+reads the cache, one expands K and V, one lets every (head, block of queries) attend; sums and outputs stay in the
+workspace in between, in f32. Heads come in groups, so that the workspace stays below WORKSPACE bytes.
 
 type_k f16 computes in f32; bf16 and q8 multiply in bf16 where the CPU can (ISA.panel), with sums in f32. Rows in q8 are
 un-rotated first: latent = γ ⊙ H(int8 · scale).
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from . import quants
-from ._jit import kernel
+from ._jit import f32, kernel
 from .attention import LOG2_E, NO_SCORE, widening
 from .check import array, rows_f32
 from .isa import ISA
@@ -219,7 +219,7 @@ def pack_queries(kind):
     bf16 = kind == "bf16"
     size = 2 if bf16 else 4
 
-    def body(tile, scratch, q, q_tok, q_head, n_tok, n_block, width, scale: "f32", out):
+    def body(tile, scratch, q, q_tok, q_head, n_tok, n_block, width, scale: f32, out):
         head, first = tile // n_block, tile % n_block * LANES
         q += head * q_head
         out += tile * LANES * width * size
@@ -242,7 +242,7 @@ def pack_queries(kind):
 
 @kernel
 def read_rows(type_k, kind):
-    """ROWS cache rows a tile: latent as rows and as panels [C / g][ROW_LANES][g], rope as rows; zeros from n_rows on."""
+    """ROWS cache rows a tile: latent as rows and as panels [C / g][ROW_LANES][g], rope as rows; zeros after n_rows."""
     from .simd import bc, ld, st, st_bf16
 
     widen, transform, transpose16 = widening(type_k), hadamard(), _transpose()
@@ -342,7 +342,9 @@ def attend(kind):
     def lane_index(b):
         return ir.Constant(VI, list(range(W)))
 
-    def body(tile, scratch, queries, keys, values, rope, state, kv, nope, R, n_v, n_block, first, n_tile, n_past, n_tok):
+    def body(
+        tile, scratch, queries, keys, values, rope, state, kv, nope, R, n_v, n_block, first, n_tile, n_past, n_tok
+    ):
         head, block = tile // n_block, tile % n_block
         position = n_past + block * LANES
         last = min(position + LANES, n_past + n_tok) - 1

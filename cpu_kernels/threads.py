@@ -390,10 +390,12 @@ class Run:
     def launch(self, code: Code, n_tiles: int | np.ndarray, args: Sequence[object], barrier: bool = True) -> None:
         """Queue a job.
 
-        n_tiles   int, or (1,) int64 that is read when the job starts
+        n_tiles   int, or (1,) int64 that is read when the job starts, and later by threads that are late: it must
+                  keep its value to the end of the tape, so it cannot be in the workspace
         args      arrays (passed as addresses and kept alive), ints, floats, in the order of the body's parameters
         barrier   False: the next job may start before this one is finished
         """
+        assert not isinstance(n_tiles, np.ndarray) or not np.shares_memory(n_tiles, self._workspace)
         self._jobs.append((code, n_tiles, args, barrier))
 
     def take(self) -> Tape:

@@ -161,7 +161,7 @@ class Stream:
         if key in self._recordings:
             return self._recordings[key]
         hp, ops = self.hparams, self.model.ops
-        mha = n_tok >= MIN_MHA_TOKENS and hasattr(ops, 'mla_prefill')
+        mha = n_tok >= MIN_MHA_TOKENS
         step = Step(ops, self._run, self._buffers, n_tok, n_past, mha, self.type_k, hp.n_rot, hp.n_embd)
         logits = np.empty((n_logits, hp.n_vocab), np.float32) if n_logits else None
         self.model.weights.forward(step, self.cache.rows, logits)

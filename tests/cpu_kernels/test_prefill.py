@@ -14,7 +14,7 @@ from cpu_kernels.quants import FORMATS
 from cpu_kernels.threads import Run
 from engine.reference import attention, expand, round_bf16
 
-# Of sum(error²) to sum(out²). bf16 products have 0.3-0.5 % rms error here (2**-9 each of K, V, q and p): doubled, squared
+# sum(error²) / sum(out²). bf16 products have 0.3-0.5 % rms error here (2**-9 each of K, V, q and p): doubled, squared
 NMSE = {"f32": 1e-11, "bf16": 1e-4}
 PRECISION = {"f16": "f32", "bf16": ISA.panel, "q8": ISA.panel}
 BLOCK = ROWS * prefill.KV_TILES
@@ -98,10 +98,10 @@ def test_tokens(type_k, n_tok):
 @pytest.mark.parametrize(
     "shape",
     [
-        dict(n_head=1, rank=96, nope=96, n_rot=32, n_v=64),
-        dict(n_head=3, rank=288, nope=64, n_rot=32, n_v=96),
-        dict(n_head=5, rank=320, nope=32, n_rot=96, n_v=160),
-        dict(n_head=2, rank=512, nope=128, n_rot=64, n_v=128),
+        {"n_head": 1, "rank": 96, "nope": 96, "n_rot": 32, "n_v": 64},
+        {"n_head": 3, "rank": 288, "nope": 64, "n_rot": 32, "n_v": 96},
+        {"n_head": 5, "rank": 320, "nope": 32, "n_rot": 96, "n_v": 160},
+        {"n_head": 2, "rank": 512, "nope": 128, "n_rot": 64, "n_v": 128},
     ],
     ids=str,
 )
@@ -121,7 +121,7 @@ def test_the_two_weights_may_differ_in_type():
 
 @pytest.mark.parametrize("type_k", ["f16", "bf16"])
 def test_groups_of_heads_change_nothing(type_k, monkeypatch):
-    sizes = dict(n_past=100, type_k=type_k, n_head=5, uk=Q8_0, uv=F16)
+    sizes = {"n_past": 100, "type_k": type_k, "n_head": 5, "uk": Q8_0, "uv": F16}
     together = check(**sizes)
     monkeypatch.setattr(prefill, "WORKSPACE", 0)
     assert np.array_equal(together, check(**sizes))
@@ -165,19 +165,19 @@ def test_large_scores_of_any_sign():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(n_past=3), "40 tokens after 3 in a cache of 42 rows"),
-        (dict(n_past=-1), "40 tokens after -1"),
-        (dict(n_rot=48), "expected"),
-        (dict(type_k="q4"), "q4"),
-        (dict(kv_lora_rank=32), "expected"),
-        (dict(out=np.zeros((40, 2, 64), np.float32)), "out is"),
+        ({"n_past": 3}, "40 tokens after 3 in a cache of 42 rows"),
+        ({"n_past": -1}, "40 tokens after -1"),
+        ({"n_rot": 48}, "expected"),
+        ({"type_k": "q4"}, "q4"),
+        ({"kv_lora_rank": 32}, "expected"),
+        ({"out": np.zeros((40, 2, 64), np.float32)}, "out is"),
     ],
 )
 def test_wrong_arguments_are_refused(wrong, message):
-    args = dict(
-        q=rows(40, 2, 64), rows=np.zeros((42, 192), np.uint8), type_k="f16", n_past=0, kv_lora_rank=64, n_rot=32,
-        kq_scale=0.1, w_uk=weight(F32, 2, 64, 32), w_uv=weight(F32, 2, 32, 64), norm_weight=np.ones(64, np.float32),
-        out=np.zeros((40, 2, 32), np.float32),
-    )  # fmt: skip
+    args = {
+        "q": rows(40, 2, 64), "rows": np.zeros((42, 192), np.uint8), "type_k": "f16", "n_past": 0, "kv_lora_rank": 64,
+        "n_rot": 32, "kq_scale": 0.1, "w_uk": weight(F32, 2, 64, 32), "w_uv": weight(F32, 2, 32, 64),
+        "norm_weight": np.ones(64, np.float32), "out": np.zeros((40, 2, 32), np.float32),
+    }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         mla_prefill(Run(1), **{**args, **wrong})

@@ -191,3 +191,11 @@ def test_the_interpreter_exits_without_being_told() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
+
+
+def test_a_number_of_tiles_may_not_lie_where_a_later_op_writes() -> None:
+    """A thread that is late reads it again when the job is long finished: in the workspace it made such a thread run
+    tiles that do not exist."""
+    run = Run(2)
+    with pytest.raises(AssertionError):
+        run.launch(add_one(), run.workspace(64)[:8].view(np.int64), (np.zeros(10, np.int64),))

@@ -18,11 +18,14 @@ def engine() -> Engine:
     return Engine()
 
 
-def test_greedy_text_equals_llama_cpp_for_64_tokens(engine: Engine) -> None:
+@pytest.mark.parametrize("prompt", ["One day, a little girl", "The meaning of life is", "The fox and the"])
+def test_greedy_text_equals_llama_cpp_for_64_tokens(engine: Engine, prompt: str) -> None:
+    """Prompts that lead to no toss-up: after "Once upon a time," comes a name that leads by 0.015 at llama.cpp's, where
+    the float64 oracle prefers another; here the closest decision is by 0.099, 0.086 and 0.029."""
     require_xllamacpp()
     with LlamaCpp(default_model(), n_ctx=512) as peer:
-        ids, text = peer.greedy(PROMPT, 64)
-    assert "".join(engine.generate(PROMPT, max_tokens=64, temperature=0)) == text
+        ids, text = peer.greedy(prompt, 64)
+    assert "".join(engine.generate(prompt, max_tokens=64, temperature=0)) == text
 
 
 def test_tokens_come_back_as_text(engine: Engine) -> None:

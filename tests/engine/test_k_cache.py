@@ -10,7 +10,7 @@ import pytest
 from engine import EngineError, KCacheLayout
 from engine.k_cache import KCache
 
-V3 = dict(n_layer=61, n_ctx=163_840, kv_lora_rank=512, n_rot=64)
+V3 = {"n_layer": 61, "n_ctx": 163_840, "kv_lora_rank": 512, "n_rot": 64}
 
 
 def test_deepseek_v3_at_160k_takes_10980_mib() -> None:
