@@ -12,10 +12,10 @@ from .matmul import embed_rows as embed_rows
 from .matmul import matmul as matmul
 from .matmul import matmul_heads as matmul_heads
 from .moe import experts as experts
-from .moe import route as route
 from .norm import rms_norm as rms_norm
 from .prefill import mla_prefill as mla_prefill
 from .rope import rope as rope
+from .router import route as route
 from .threads import Cancelled as Cancelled
 from .threads import Run as Run
 from .threads import prepare as prepare

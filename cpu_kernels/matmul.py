@@ -1,10 +1,12 @@
-"""Products of quantised weights and a few rows of activations, straight from the file's bytes.
+"""Products of quantised weights and rows of activations, straight from the file's bytes.
 
     out[t, b, r] (+)= weight[b, r] · x[t, b]          b: head (1 for a plain matrix), r: row, t: token
 
-A tile is a block of weight rows of one head; every row is dotted with every token while it is in the first cache. The
-arithmetic of a row is that of quants.row_dot whatever the number of tokens, so a row in a batch has the bits of a row
-alone. Activations are quantised once for all weights that share them.
+Up to MAX_DOT_TOKENS tokens: a tile is a block of weight rows of one head; every row is dotted with every token while it
+is in the first cache. The arithmetic of a row is that of quants.row_dot whatever the number of tokens, so a row in a
+batch has the bits of a row alone. Activations are quantised once for all weights that share them.
+
+More tokens: panels.py.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from . import quants
+from . import panels, quants
 from ._jit import kernel
 from .check import array, rows_f32
 
 TILE_BYTES = 64 << 10  # of weights: a few microseconds of work
+MAX_DOT_TOKENS = 16  # so many have the bits of one
 
 
 @kernel
@@ -61,12 +64,26 @@ def matmul(
     rows_f32("x", x, 2)
     for w, o in zip(weights, outs):
         rows_f32("out", o, 2, (x.shape[0], w.shape[0]))
-    _products(
-        run,
-        [(w, w.data[None], o[:, None, :]) for w, o in zip(weights, outs)],
-        x[:, None, :],
-        accumulate,
-    )
+    if len(x) <= MAX_DOT_TOKENS:
+        jobs = [(w, w.data[None], o[:, None, :]) for w, o in zip(weights, outs)]
+        _products(run, jobs, x[:, None, :], accumulate)
+    else:
+        _panels(run, weights, x, outs, accumulate)
+
+
+def _panels(run: Any, weights: list[Any], x: np.ndarray, outs: list[np.ndarray], accumulate: bool) -> None:
+    n_tok, k = x.shape
+    if k % 32:
+        raise ValueError(f"rows of {k} values; expected a multiple of 32")
+    kinds = sorted({panels.kind_of(w.type.id) for w in weights})
+    ends = np.cumsum([-(-panels.packed_bytes(kind, n_tok, k) // 64) * 64 for kind in kinds])
+    packed = dict(zip(kinds, np.split(run.workspace(int(ends[-1])), ends[:-1])))
+    for kind, memory in packed.items():
+        panels.launch_pack(run, kind, x, memory)
+    for i, (w, out) in enumerate(zip(weights, outs)):
+        array("weight", w.data, np.uint8, 2, (w.shape[0], quants.row_bytes(w.type.id, k)))
+        memory = packed[panels.kind_of(w.type.id)]
+        panels.launch_multiply(run, w, x, memory, out, accumulate, barrier=i == len(weights) - 1)
 
 
 def matmul_heads(run: Any, weight: Any, x: np.ndarray, out: np.ndarray) -> None:
@@ -113,16 +130,10 @@ def quantised(run: Any, kinds: set[str], x: np.ndarray, at: int = 0) -> dict[str
 @kernel
 def decode_row(type_id):
     """One row a tile, decoded to f32."""
-    from numba import types
+    from .simd import ld_i32
 
-    from .simd import A, instruction, ld_i32, offset, store
-
-    decode, block, nbytes = quants.decoder(type_id), quants.FORMATS[type_id].block, quants.FORMATS[type_id].nbytes
-
-    @instruction(types.void, A, A)
-    def decode_block(b, w, out):
-        for column, values in decode(b, w):
-            store(b, values, offset(b, out, 4 * column))
+    decode_block, f = quants.block_decoder(type_id), quants.FORMATS[type_id]
+    block, nbytes = f.block, f.nbytes
 
     def body(tile, scratch, w, w_row, tokens, out, out_tok, k):
         w += ld_i32(tokens + 4 * tile) * w_row

@@ -1,116 +1,92 @@
-"""Mixture of experts: the router's choice, and the products with the chosen experts.
+"""Experts: the products with what the router chose.
 
-route    probs = softmax or sigmoid of the logits; chosen by probs + bias, within the best groups; weighted by probs
-experts  out[t] += sum over its slots s of weight[t, s] · down_e(silu(gate_e x) · (up_e x)),  e = ids[t, s]
+    out[t] += sum over its slots s of weight[t, s] · down_e(silu(gate_e x) · (up_e x)),  e = ids[t, s]
 
-A slot is a pair (token, choice). Its products are those of a plain matrix, on rows found through the expert's id, which
-is read when the job runs; slots are summed in the order of choice.
+A slot is a pair (token, choice). Slots are summed in the order of choice.
+
+Few tokens: a slot's products are those of a plain matrix, on rows found through the expert's id, which is read when the
+job runs. More tokens (panels.py): slots are sorted by expert, so that each panel of weights is decoded once for all the
+tokens of its expert; gate, up and SwiGLU are one job, whose result is already packed for down.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 
-from . import quants
-from ._jit import f32, kernel
+from . import panels, quants
+from ._jit import kernel
 from .check import array, rows_f32
-from .ffn import swiglu
-from .matmul import TILE_BYTES, quantised
-
-MIN_SUM = 6.103515625e-05  # of weights, when they are normalised: the smallest normal f16
-
-
-@kernel
-def route_token(gating, has_bias, norm):
-    """One token a tile. Scratch: probabilities, then what the choice goes by."""
-    import math
-
-    from .simd import ld_scalar, st_i32, st_scalar
-
-    def body(tile, scratch, logits, stride, bias, n_expert, n_group, n_group_used, n_used, scale: f32, ids, weights):
-        logits += tile * stride
-        probs, select, groups = scratch, scratch + 4 * n_expert, scratch + 8 * n_expert
-        if gating == "softmax":
-            top = ld_scalar(logits)
-            for e in range(1, n_expert):
-                top = max(top, ld_scalar(logits + 4 * e))
-            total = 0.0
-            for e in range(n_expert):
-                p = math.exp(ld_scalar(logits + 4 * e) - top)
-                total += p
-                st_scalar(probs + 4 * e, p)
-            for e in range(n_expert):
-                st_scalar(probs + 4 * e, ld_scalar(probs + 4 * e) / total)
-        else:
-            for e in range(n_expert):
-                st_scalar(probs + 4 * e, 1.0 / (1.0 + math.exp(-ld_scalar(logits + 4 * e))))
-        for e in range(n_expert):
-            s = ld_scalar(probs + 4 * e)
-            if has_bias:
-                s += ld_scalar(bias + 4 * e)
-            st_scalar(select + 4 * e, s)
-
-        if n_group > 1:
-            size = n_expert // n_group
-            for g in range(n_group):  # a group is worth its two best
-                first, second = -math.inf, -math.inf
-                for e in range(g * size, g * size + size):
-                    s = ld_scalar(select + 4 * e)
-                    if s > first:
-                        first, second = s, first
-                    elif s > second:
-                        second = s
-                st_scalar(groups + 4 * g, first + second if size > 1 else first)
-            for _ in range(n_group - n_group_used):  # take the worst out, of equals the last
-                worst = -1
-                for g in range(n_group):
-                    value = ld_scalar(groups + 4 * g)
-                    if value < math.inf and (worst < 0 or value <= ld_scalar(groups + 4 * worst)):
-                        worst = g
-                st_scalar(groups + 4 * worst, math.inf)
-                for e in range(worst * size, worst * size + size):
-                    st_scalar(select + 4 * e, -math.inf)
-
-        total = 0.0
-        for i in range(n_used):
-            best = 0
-            for e in range(1, n_expert):
-                if ld_scalar(select + 4 * e) > ld_scalar(select + 4 * best):
-                    best = e
-            st_scalar(select + 4 * best, -math.inf)
-            p = ld_scalar(probs + 4 * best)
-            total += p
-            st_i32(ids + 4 * (tile * n_used + i), best)
-            st_scalar(weights + 4 * (tile * n_used + i), p)
-        factor = scale / max(total, MIN_SUM) if norm else scale * 1.0
-        for i in range(n_used):
-            at = weights + 4 * (tile * n_used + i)
-            st_scalar(at, ld_scalar(at) * factor)
-
-    return body
+from .ffn import silu_times, swiglu
+from .matmul import MAX_DOT_TOKENS, TILE_BYTES, quantised
+from .panels import COLUMNS, MAX_ROWS, PANEL_BYTES, PANEL_ROWS
 
 
-def route(
-    run: Any, logits: np.ndarray, bias: np.ndarray | None, gating: str, n_group: int, n_group_used: int, norm: bool,
-    scale: float, ids: np.ndarray, weights: np.ndarray,
-) -> None:  # fmt: skip
-    """Choose ids (n_tok, n_used) int32 and weights (n_tok, n_used) f32 from logits (n_tok, n_expert) f32.
+def experts(
+    run: Any, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Any, up: Any, down: Any, out: np.ndarray
+) -> None:
+    """out (n_tok, n_embd) += the experts' weighted sum for x (n_tok, n_embd) f32.
 
-    gating 'softmax' | 'sigmoid'; bias (n_expert,) f32 goes into the choice alone; only the n_group_used best of n_group
-    groups (by the sum of their two best) are eligible; of equals the lower index; norm, then scale.
+    ids (n_tok, n_used) int32 and weights f32 as route left them; gate and up (n_expert, n_ff_exp, n_embd), down
+    (n_expert, n_embd, n_ff_exp)
     """
-    n_tok, n_expert = rows_f32("logits", logits, 2)
+    n_tok, n_embd = rows_f32("x", x, 2)
     n_used = ids.shape[1]
+    n_expert, n_ff, _ = gate.shape
     array("ids", ids, np.int32, 2, (n_tok, n_used))
     rows_f32("weights", weights, 2, (n_tok, n_used))
-    if gating not in ("softmax", "sigmoid") or not n_used <= n_expert <= 4096 or n_expert % n_group:
-        raise ValueError(f"route: {gating}, {n_used} of {n_expert} experts in {n_group} groups")
-    if bias is not None:
-        rows_f32("bias", bias, 1, (n_expert,))
-    assert ids.flags.c_contiguous and weights.flags.c_contiguous
-    code = route_token(gating=gating, has_bias=bias is not None, norm=norm)
-    args = (logits, logits.strides[0], 0 if bias is None else bias, n_expert, n_group, n_group_used, n_used)
-    run.launch(code, n_tok, (*args, float(scale), ids, weights))
+    rows_f32("out", out, 2, (n_tok, n_embd))
+    if gate.shape != (n_expert, n_ff, n_embd) or up.shape != gate.shape or down.shape != (n_expert, n_embd, n_ff):
+        raise ValueError(f"experts of shapes {gate.shape}, {up.shape}, {down.shape} for rows of {n_embd}")
+    if n_embd % 32 or n_ff % 32:
+        raise ValueError(f"experts of {n_embd} and {n_ff} values; expected multiples of 32")
+    for w in (gate, up, down):
+        array("weight", w.data, np.uint8, 3, (*w.shape[:2], quants.row_bytes(w.type.id, w.shape[2])))
+    (_few_tokens if n_tok <= MAX_DOT_TOKENS else _many_tokens)(run, x, ids, weights, gate, up, down, out)
+
+
+def _few_tokens(
+    run: Any, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Any, up: Any, down: Any, out: np.ndarray
+) -> None:
+    (n_tok, n_embd), n_used, n_ff = x.shape, ids.shape[1], gate.shape[1]
+    n_slots = n_tok * n_used
+    wide, narrow = 4 * n_slots * n_embd, 4 * n_slots * n_ff
+    # the workspace: gate, up and down of all slots, then quantised activations
+    memory = run.workspace(
+        2 * narrow + wide + _records_nbytes(gate, up, x.shape) + _records_nbytes(down, down, (n_slots, n_ff))
+    )
+    gated = memory[:narrow].view(np.float32).reshape(n_slots, n_ff)
+    upped = memory[narrow : 2 * narrow].view(np.float32).reshape(n_slots, n_ff)
+    downed = memory[2 * narrow : 2 * narrow + wide].view(np.float32).reshape(n_slots, n_embd)
+    at = 2 * narrow + wide
+
+    kinds = {quants.FORMATS[w.type.id].activation for w in (gate, up)}
+    records = quantised(run, kinds, x[:, None, :], at)
+    for w, o, barrier in ((gate, gated, False), (up, upped, True)):
+        acts, stride, _ = records[quants.FORMATS[w.type.id].activation]
+        _slots(run, w, ids, acts, stride, n_used, o, barrier)
+    swiglu(run, gated, upped, gated)
+    kind = quants.FORMATS[down.type.id].activation
+    acts, stride, _ = quantised(run, {kind}, gated[:, None, :], at + _records_nbytes(gate, up, x.shape))[kind]
+    _slots(run, down, ids, acts, stride, 1, downed, True)
+    run.launch(add_slots(), n_tok, (downed, weights, n_used, out, out.strides[0], n_embd))
+
+
+def _records_nbytes(a: Any, b: Any, shape: tuple[int, ...]) -> int:
+    n, k = shape
+    kinds = {quants.FORMATS[w.type.id].activation for w in (a, b)} - {"f32"}
+    return sum(-(-quants.record_bytes(kind, k) * n // 64) * 64 for kind in kinds)
+
+
+def _slots(
+    run: Any, w: Any, ids: np.ndarray, acts: np.ndarray, stride: int, slots_per_x: int, out: np.ndarray, barrier: bool
+) -> None:
+    _, n_rows, k = w.shape
+    expert, row = w.data.strides[:2]
+    n_block = max(1, TILE_BYTES // row)
+    args = (w.data, expert, row, n_rows, n_block, ids, acts, stride, slots_per_x, out, k)
+    run.launch(expert_rows(type_id=w.type.id), ids.size * -(-n_rows // n_block), args, barrier)
 
 
 @kernel
@@ -150,59 +126,130 @@ def add_slots():
     return body
 
 
-def experts(
+# ------------------------------------------------------------------------------------------------------ many tokens
+
+
+def _many_tokens(
     run: Any, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Any, up: Any, down: Any, out: np.ndarray
 ) -> None:
-    """out (n_tok, n_embd) += the experts' weighted sum for x (n_tok, n_embd) f32.
-
-    ids (n_tok, n_used) int32 and weights f32 as route left them; gate and up (n_expert, n_ff_exp, n_embd), down
-    (n_expert, n_embd, n_ff_exp)
-    """
-    n_tok, n_embd = rows_f32("x", x, 2)
-    n_used = ids.shape[1]
-    n_expert, n_ff, _ = gate.shape
-    array("ids", ids, np.int32, 2, (n_tok, n_used))
-    rows_f32("weights", weights, 2, (n_tok, n_used))
-    rows_f32("out", out, 2, (n_tok, n_embd))
-    if gate.shape != (n_expert, n_ff, n_embd) or up.shape != gate.shape or down.shape != (n_expert, n_embd, n_ff):
-        raise ValueError(f"experts of shapes {gate.shape}, {up.shape}, {down.shape} for rows of {n_embd}")
-    if n_embd % 16:
-        raise ValueError(f"rows of {n_embd} values; expected a multiple of 16")
+    (n_tok, n_embd), n_used, (n_expert, n_ff, _) = x.shape, ids.shape[1], gate.shape
     n_slots = n_tok * n_used
-    wide, narrow = 4 * n_slots * n_embd, 4 * n_slots * n_ff
-    # the workspace: gate, up and down of all slots, then quantised activations
-    memory = run.workspace(
-        2 * narrow + wide + _records_nbytes(gate, up, x.shape) + _records_nbytes(down, down, (n_slots, n_ff))
-    )
-    gated = memory[:narrow].view(np.float32).reshape(n_slots, n_ff)
-    upped = memory[narrow : 2 * narrow].view(np.float32).reshape(n_slots, n_ff)
-    downed = memory[2 * narrow : 2 * narrow + wide].view(np.float32).reshape(n_slots, n_embd)
-    at = 2 * narrow + wide
+    kind, kind_up, kind_down = (panels.kind_of(w.type.id) for w in (gate, up, down))
+    if kind != kind_up:  # one packing serves both
+        kind = "f32"
+    sizes = [
+        4 * n_slots, 4 * (n_expert + 1), panels.packed_bytes(kind, n_slots, n_embd),
+        panels.packed_bytes(kind_down, n_slots, n_ff), 4 * n_slots * n_embd,
+    ]  # fmt: skip
+    ends = np.cumsum([-(-n // 64) * 64 for n in sizes])
+    order, starts, packed, hidden, downed = np.split(run.workspace(int(ends[-1])), ends[:-1])
+    order, starts = order[: sizes[0]].view(np.int32), starts[: sizes[1]].view(np.int32)
 
-    kinds = {quants.FORMATS[w.type.id].activation for w in (gate, up)}
-    records = quantised(run, kinds, x[:, None, :], at)
-    for w, o, barrier in ((gate, gated, False), (up, upped, True)):
-        acts, stride, _ = records[quants.FORMATS[w.type.id].activation]
-        _slots(run, w, ids, acts, stride, n_used, o, barrier)
-    swiglu(run, gated, upped, gated)
-    kind = quants.FORMATS[down.type.id].activation
-    acts, stride, _ = quantised(run, {kind}, gated[:, None, :], at + _records_nbytes(gate, up, x.shape))[kind]
-    _slots(run, down, ids, acts, stride, 1, downed, True)
+    run.launch(sort_slots(), 1, (ids, n_slots, n_expert, order, starts))
+    panels.launch_pack(run, kind, x, packed, order, n_used)
+    run.launch(
+        gate_up(gate_id=gate.type.id, up_id=up.type.id, kind=kind, kind_out=kind_down),
+        n_expert * -(-n_ff // PANEL_ROWS),
+        (*_strides(gate), *_strides(up), n_ff, n_embd, starts, packed, panels.block_bytes(kind, n_slots))
+        + (hidden, panels.block_bytes(kind_down, n_slots)),
+    )
+    run.launch(
+        expert_down(type_id=down.type.id, kind=kind_down), n_expert * -(-n_embd // PANEL_ROWS),
+        (*_strides(down), n_embd, n_ff, starts, order, hidden, panels.block_bytes(kind_down, n_slots), downed),
+    )  # fmt: skip
     run.launch(add_slots(), n_tok, (downed, weights, n_used, out, out.strides[0], n_embd))
 
 
-def _records_nbytes(a: Any, b: Any, shape: tuple[int, ...]) -> int:
-    n, k = shape
-    kinds = {quants.FORMATS[w.type.id].activation for w in (a, b)} - {"f32"}
-    return sum(-(-quants.record_bytes(kind, k) * n // 64) * 64 for kind in kinds)
+def _strides(w: Any) -> tuple[np.ndarray, int, int]:
+    return w.data, *w.data.strides[:2]
 
 
-def _slots(
-    run: Any, w: Any, ids: np.ndarray, acts: np.ndarray, stride: int, slots_per_x: int, out: np.ndarray, barrier: bool
-) -> None:
-    _, n_rows, k = w.shape
-    array("weight", w.data, np.uint8, 3, (*w.shape[:2], quants.row_bytes(w.type.id, k)))
-    expert, row = w.data.strides[:2]
-    n_block = max(1, TILE_BYTES // row)
-    args = (w.data, expert, row, n_rows, n_block, ids, acts, stride, slots_per_x, out, k)
-    run.launch(expert_rows(type_id=w.type.id), ids.size * -(-n_rows // n_block), args, barrier)
+@kernel
+def sort_slots():
+    """One tile: order lists the slots by expert, those of one expert by token; starts[e] is where expert e begins."""
+    from .simd import ld_i32, st_i32
+
+    def body(tile, scratch, ids, n_slots, n_expert, order, starts):
+        for e in range(n_expert + 1):
+            st_i32(starts + 4 * e, 0)
+        for s in range(n_slots):
+            at = starts + 4 * ld_i32(ids + 4 * s)
+            st_i32(at, ld_i32(at) + 1)
+        total = 0
+        for e in range(n_expert + 1):
+            n = ld_i32(starts + 4 * e)
+            st_i32(starts + 4 * e, total)
+            st_i32(scratch + 4 * e, total)
+            total += n
+        for s in range(n_slots):
+            at = scratch + 4 * ld_i32(ids + 4 * s)
+            i = ld_i32(at)
+            st_i32(order + 4 * i, s)
+            st_i32(at, i + 1)
+
+    return body
+
+
+@kernel
+def gate_up(gate_id, up_id, kind, kind_out):
+    """PANEL_ROWS rows of one expert's gate and up a tile, times all its slots; silu(gate) · up, packed for down."""
+    from .simd import ld, ld_i32, st, st_bf16
+
+    gate_product, up_product = panels.panel_product(gate_id, kind), panels.panel_product(up_id, kind)
+    silu = silu_times()
+    size = 2 if kind == "bf16" else 4
+    size_out = 2 if kind_out == "bf16" else 4
+
+    def body(tile, scratch, gate, gate_expert, gate_row, up, up_expert, up_row, n_ff, k, starts, x, x_block,
+             hidden, hidden_block):  # fmt: skip
+        tiles = (n_ff + PANEL_ROWS - 1) // PANEL_ROWS
+        expert, first = tile // tiles, tile % tiles * PANEL_ROWS
+        rows = min(PANEL_ROWS, n_ff - first)
+        start, stop = ld_i32(starts + 4 * expert), ld_i32(starts + 4 * expert + 4)
+        gated = scratch + PANEL_BYTES
+        upped = gated + MAX_ROWS * PANEL_ROWS * 4
+        gate += expert * gate_expert + first * gate_row
+        up += expert * up_expert + first * up_row
+        hidden += first // COLUMNS * hidden_block + first % COLUMNS * size_out
+        for i in range(start, stop, MAX_ROWS):
+            n = min(MAX_ROWS, stop - i)
+            source = x + i * COLUMNS * size
+            gate_product(gate, gate_row, rows, k, source, x_block, n, gated, scratch)
+            up_product(up, up_row, rows, k, source, x_block, n, upped, scratch)
+            for t in range(n):
+                to = hidden + (i + t) * COLUMNS * size_out
+                for r in range(0, rows, 16):
+                    at = 4 * (t * PANEL_ROWS + r)
+                    v = silu(ld(gated + at), ld(upped + at))
+                    if size_out == 2:
+                        st_bf16(to + 2 * r, v)
+                    else:
+                        st(to + 4 * r, v)
+
+    return body
+
+
+@kernel
+def expert_down(type_id, kind):
+    """PANEL_ROWS rows of one expert's down a tile, times all its slots; out is (n_slots, n_embd), by slot again."""
+    from .simd import ld, ld_i32, st
+
+    product = panels.panel_product(type_id, kind)
+    size = 2 if kind == "bf16" else 4
+
+    def body(tile, scratch, down, down_expert, down_row, n_embd, k, starts, order, x, x_block, out):
+        tiles = (n_embd + PANEL_ROWS - 1) // PANEL_ROWS
+        expert, first = tile // tiles, tile % tiles * PANEL_ROWS
+        rows = min(PANEL_ROWS, n_embd - first)
+        sums = scratch + PANEL_BYTES
+        down += expert * down_expert + first * down_row
+        stop = ld_i32(starts + 4 * expert + 4)
+        for i in range(ld_i32(starts + 4 * expert), stop, MAX_ROWS):
+            n = min(MAX_ROWS, stop - i)
+            product(down, down_row, rows, k, x + i * COLUMNS * size, x_block, n, sums, scratch)
+            for t in range(n):
+                to = out + (ld_i32(order + 4 * (i + t)) * n_embd + first) * 4
+                for r in range(0, rows, 16):
+                    st(to + 4 * r, ld(sums + 4 * (t * PANEL_ROWS + r)))
+
+    return body

@@ -124,59 +124,15 @@ def mla_prefill(
         run.launch(finish(), n * n_block, args)
 
 
-def _transpose() -> Any:
-    """A device function (src, src_stride, dst, dst_stride): 16 x 16 of 32 bits. For kernel factories."""
-    from numba import types
-
-    from .simd import VI, A, instruction, load, shuffle, store
-
-    @instruction(types.void, A, A, A, A)
-    def transpose16(b, src, src_stride, dst, dst_stride):
-        r = []
-        for _ in range(16):
-            r.append(load(b, src, VI))
-            src = b.add(src, src_stride)
-        for s in (1, 2, 4, 8):  # swap the off-diagonal quarters of squares of 2s
-            for i in range(16):
-                if i & s == 0:
-                    x, y = r[i], r[i + s]
-                    r[i] = shuffle(b, x, y, [16 + j - s if j & s else j for j in range(16)])
-                    r[i + s] = shuffle(b, x, y, [16 + j if j & s else j + s for j in range(16)])
-        for v in r:
-            store(b, v, dst)
-            dst = b.add(dst, dst_stride)
-
-    return transpose16
-
-
-def _pair() -> Any:
-    """A device function (F, F) -> I: lane i has bf16 of x[i] below that of y[i]. For kernel factories."""
-    from .simd import I16, VI, F, I, V, instruction, shuffle, to_bf16
-
-    @instruction(I, F, F)
-    def pair_bf16(b, x, y):
-        both = b.bitcast(to_bf16(b, x, y), V(I16, 32))
-        return b.bitcast(shuffle(b, both, both, [i // 2 + 16 * (i % 2) for i in range(32)]), VI)
-
-    return pair_bf16
-
-
 @kernel
 def decode_weights(type_id, kind, zipped):
     """WEIGHT_ROWS rows of a head a tile: to a panel [k / 32][rows / g][32][g] if zipped, else to rows."""
-    from numba import types
+    from .simd import ld, pair_bf16, st, st_bf16, sti
 
-    from .simd import A, instruction, ld, offset, st, st_bf16, sti, store
-
-    decode, block, nbytes = quants.decoder(type_id), quants.FORMATS[type_id].block, quants.FORMATS[type_id].nbytes
-    pair = _pair()
+    decode_block, f = quants.block_decoder(type_id), quants.FORMATS[type_id]
+    block, nbytes = f.block, f.nbytes
     bf16 = kind == "bf16"
     size = 2 if bf16 else 4
-
-    @instruction(types.void, A, A)
-    def decode_block(b, w, out):
-        for column, values in decode(b, w):
-            store(b, values, offset(b, out, 4 * column))
 
     def body(tile, scratch, w, w_head, w_row, n_rows, k, out):
         tiles = n_rows // WEIGHT_ROWS
@@ -202,7 +158,7 @@ def decode_weights(type_id, kind, zipped):
                 x = scratch + 4 * i
                 if bf16:
                     for r in range(0, WEIGHT_ROWS, 2):
-                        sti(p + r * 64, pair(ld(x + r * k * 4), ld(x + (r + 1) * k * 4)))
+                        sti(p + r * 64, pair_bf16(ld(x + r * k * 4), ld(x + (r + 1) * k * 4)))
                 else:
                     for r in range(WEIGHT_ROWS):
                         st(p + r * 128, ld(x + r * k * 4))
@@ -213,9 +169,8 @@ def decode_weights(type_id, kind, zipped):
 @kernel
 def pack_queries(kind):
     """LANES queries of a head a tile: the panel [width / g][LANES][g], scaled; zeros after n_tok."""
-    from .simd import bc, ld, st, st_bf16
+    from .simd import bc, ld, st, st_bf16, transpose16
 
-    transpose16 = _transpose()
     bf16 = kind == "bf16"
     size = 2 if bf16 else 4
 
@@ -243,9 +198,9 @@ def pack_queries(kind):
 @kernel
 def read_rows(type_k, kind):
     """ROWS cache rows a tile: latent as rows and as panels [C / g][ROW_LANES][g], rope as rows; zeros after n_rows."""
-    from .simd import bc, ld, st, st_bf16
+    from .simd import bc, ld, st, st_bf16, transpose16
 
-    widen, transform, transpose16 = widening(type_k), hadamard(), _transpose()
+    widen, transform = widening(type_k), hadamard()
     bf16 = kind == "bf16"
     size = 2 if bf16 else 4
 
@@ -328,9 +283,8 @@ def expand(kind):
 def attend(kind):
     """One head and block of LANES queries, over a block of rows. state: [Dv][LANES] outputs, maximum, sum."""
     from .microkernel import load_regs, mul_regs, rank1_bf16, rank1_f32, store_regs, zeros_f
-    from .simd import VI, I, W, bc, bci, instruction, ir, ld, st, sti, vexp2_down, vmax, where_lt
+    from .simd import VI, I, W, bc, bci, instruction, ir, ld, pair_bf16, st, sti, vexp2_down, vmax, where_lt
 
-    pair = _pair()
     bf16 = kind == "bf16"
     size = 2 if bf16 else 4
     rank1 = rank1_bf16 if bf16 else rank1_f32
@@ -405,7 +359,7 @@ def attend(kind):
                     a0 = a0 + p0
                     a1 = a1 + p1
                     if bf16:
-                        sti(probs + t // 2 * ROW + n, pair(p0, p1))
+                        sti(probs + t // 2 * ROW + n, pair_bf16(p0, p1))
                     else:
                         st(probs + t * ROW + n, p0)
                         st(probs + t * ROW + ROW + n, p1)
@@ -428,9 +382,7 @@ def attend(kind):
 @kernel
 def finish():
     """One head and block of queries: outputs over sums, from [Dv][LANES] to rows of out."""
-    from .simd import bc, ld, ldi, st, sti
-
-    transpose16 = _transpose()
+    from .simd import bc, ld, ldi, st, sti, transpose16
 
     def body(tile, scratch, state, n_tok, n_block, n_v, out, out_tok, out_head):
         head, first = tile // n_block, tile % n_block * LANES

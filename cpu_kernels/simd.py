@@ -276,6 +276,34 @@ def prefetch(b, a):
     b.call(function, [pointer(b, a)] + [ir.Constant(I32, v) for v in (0, 2, 1)])
 
 
+# -------------------------------------------------------------------------------------------------- rearranging
+
+
+@instruction(types.void, A, A, A, A)
+def transpose16(b, source, source_stride, target, target_stride):
+    """16 rows of 16 x 32 bits become 16 columns."""
+    rows = []
+    for _ in range(16):
+        rows.append(load(b, source, VI))
+        source = b.add(source, source_stride)
+    for s in (1, 2, 4, 8):  # swap the off-diagonal quarters of squares of 2s
+        for i in range(16):
+            if i & s == 0:
+                x, y = rows[i], rows[i + s]
+                rows[i] = shuffle(b, x, y, [16 + j - s if j & s else j for j in range(16)])
+                rows[i + s] = shuffle(b, x, y, [16 + j if j & s else j + s for j in range(16)])
+    for row in rows:
+        store(b, row, target)
+        target = b.add(target, target_stride)
+
+
+@instruction(I, F, F)
+def pair_bf16(b, x, y):
+    """Lane i has bf16 of x[i] below that of y[i]."""
+    both = b.bitcast(to_bf16(b, x, y), V(I16, 2 * W))
+    return b.bitcast(shuffle(b, both, both, [i // 2 + W * (i % 2) for i in range(2 * W)]), VI)
+
+
 # -------------------------------------------------------------------------------------------------- broadcasts
 
 

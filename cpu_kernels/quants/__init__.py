@@ -26,7 +26,7 @@ from typing import Any
 
 from .activations import quantise_rows, record_bytes
 
-__all__ = ["FORMATS", "Format", "decoder", "quantise_rows", "record_bytes", "row_bytes", "row_dot"]
+__all__ = ["FORMATS", "Format", "block_decoder", "decoder", "quantise_rows", "record_bytes", "row_bytes", "row_dot"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,29 @@ def row_bytes(type_id: int, k: int) -> int:
 def decoder(type_id: int) -> Callable[[Any, Any], Any]:
     """decode(b, w): yields (column, <16 x f32>) in ascending order for the block at address w. Imports Numba."""
     return getattr(_family(type_id), f"decode_{FORMATS[type_id].name.lower()}")
+
+
+@functools.cache
+def block_decoder(type_id: int, kind: str = "f32") -> Any:
+    """An intrinsic (w, out): the values of the block at w, to out as f32 or bf16. Imports Numba."""
+    from numba import types
+
+    from ..simd import A, instruction, offset, store, to_bf16
+
+    decode = decoder(type_id)
+
+    @instruction(types.void, A, A)
+    def decode_block(b, w, out):
+        low = None
+        for column, values in decode(b, w):
+            if kind == "f32":
+                store(b, values, offset(b, out, 4 * column))
+            elif column % 32 == 0:
+                low = values
+            else:
+                store(b, to_bf16(b, low, values), offset(b, out, 2 * (column - 16)))
+
+    return decode_block
 
 
 @functools.cache

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from compare import assert_close
-from weights import Q4_K, Q6_K, Q8_0, rows, weight
+from weights import F32, Q4_K, Q6_K, Q8_0, rows, weight
 
-from cpu_kernels.moe import experts, route
+from cpu_kernels import panels
+from cpu_kernels.moe import experts
+from cpu_kernels.router import route
 from cpu_kernels.threads import Run
 from engine import reference
 
@@ -57,17 +59,46 @@ def choice(n_tok, n_expert, n_used):
 
 
 @pytest.mark.parametrize("n_tok", [1, 3, 16, 17, 65])
-@pytest.mark.parametrize("types", [(Q8_0, Q8_0), (Q4_K, Q6_K)], ids=["Q8_0", "Q4_K_Q6_K"])
+@pytest.mark.parametrize(
+    "types",
+    [(Q8_0, Q8_0, Q8_0), (Q4_K, Q4_K, Q6_K), (F32, F32, Q8_0), (Q8_0, F32, F32)],
+    ids=["Q8_0", "Q4_K_Q6_K", "F32_Q8_0", "mixed"],
+)
 def test_experts_are_added(types, n_tok):
-    n_embd, n_ff = 256, 512 if types[1] == Q6_K else 96
-    gate, up = weight(types[0], 7, n_ff, n_embd), weight(types[0], 7, n_ff, n_embd, seed=1)
-    down = weight(types[1], 7, n_embd, n_ff, seed=2)
+    n_embd, n_ff = 256, 512 if types[2] == Q6_K else 96
+    gate, up = weight(types[0], 7, n_ff, n_embd), weight(types[1], 7, n_ff, n_embd, seed=1)
+    down = weight(types[2], 7, n_embd, n_ff, seed=2)
     x, (ids, weights) = rows(n_tok, n_embd), choice(n_tok, 7, 3)
     expected = reference.moe(
         x.astype(np.float64), ids, weights, lambda e: (gate.values[e], up.values[e], down.values[e])
     )
     added = run_experts(x, ids, weights, gate, up, down).astype(np.float64) - rows(n_tok, n_embd, seed=9)
     assert_close(added, expected, rtol=np.inf, nmse=1e-3)  # int8 activations twice
+
+
+def test_experts_of_many_tokens_in_f32_are_exact_and_the_same_on_any_number_of_threads():
+    gate, up, down = (weight(F32, 40, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)]))
+    x, (ids, weights) = rows(300, 64), choice(300, 40, 3)
+    ids[:250, 0] = 7  # one has more than most, many have none
+    ids[:250, 1:] = [[3, 5]]
+    expected = reference.moe(
+        x.astype(np.float64), ids, weights, lambda e: (gate.values[e], up.values[e], down.values[e])
+    )
+    out = run_experts(x, ids, weights, gate, up, down)
+    added = out.astype(np.float64) - rows(300, 64, seed=9)
+    assert_close(added, expected, rtol=np.inf, nmse=1e-12)
+    assert np.array_equal(out, run_experts(x, ids, weights, gate, up, down, n_threads=1))
+
+
+def test_an_expert_may_be_chosen_by_more_tokens_than_a_tile_takes():
+    gate, up, down = (weight(Q8_0, 2, *shape, seed=i) for i, shape in enumerate([(32, 64), (32, 64), (64, 32)]))
+    n_tok = 2 * panels.MAX_ROWS + 5
+    x, ids, weights = rows(n_tok, 64), np.ones((n_tok, 1), np.int32), np.ones((n_tok, 1), np.float32)
+    expected = reference.moe(
+        x.astype(np.float64), ids, weights, lambda e: (gate.values[e], up.values[e], down.values[e])
+    )
+    added = run_experts(x, ids, weights, gate, up, down).astype(np.float64) - rows(n_tok, 64, seed=9)
+    assert_close(added, expected, rtol=np.inf, nmse=1e-4)
 
 
 def test_a_token_has_the_bits_it_has_alone_and_on_any_number_of_threads():
