@@ -75,14 +75,14 @@ def _panels(run: Any, weights: list[Any], x: np.ndarray, outs: list[np.ndarray],
     n_tok, k = x.shape
     if k % 32:
         raise ValueError(f"rows of {k} values; expected a multiple of 32")
-    kinds = sorted({panels.kind_of(w.type.id) for w in weights})
+    kinds = sorted({panels.kind_of(w.type.id, k) for w in weights})
     ends = np.cumsum([-(-panels.packed_bytes(kind, n_tok, k) // 64) * 64 for kind in kinds])
     packed = dict(zip(kinds, np.split(run.workspace(int(ends[-1])), ends[:-1])))
     for kind, memory in packed.items():
         panels.launch_pack(run, kind, x, memory)
     for i, (w, out) in enumerate(zip(weights, outs)):
         array("weight", w.data, np.uint8, 2, (w.shape[0], quants.row_bytes(w.type.id, k)))
-        memory = packed[panels.kind_of(w.type.id)]
+        memory = packed[panels.kind_of(w.type.id, k)]
         panels.launch_multiply(run, w, x, memory, out, accumulate, barrier=i == len(weights) - 1)
 
 

@@ -6,7 +6,7 @@ A slot is a pair (token, choice). Slots are summed in the order of choice.
 
 Few tokens: a slot's products are those of a plain matrix, on rows found through the expert's id, which is read when the
 job runs. More tokens (panels.py): slots are sorted by expert, so that each panel of weights is decoded once for all the
-tokens of its expert; gate, up and SwiGLU are one job, whose result is already packed for down.
+tokens of its expert; gate, up and SwiGLU are one job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._jit import kernel
 from .check import array, rows_f32
 from .ffn import silu_times, swiglu
 from .matmul import MAX_DOT_TOKENS, TILE_BYTES, quantised
-from .panels import COLUMNS, MAX_ROWS, PANEL_BYTES, PANEL_ROWS
+from .panels import MAX_ROWS, PACKED_BYTES, PANEL_BYTES, PANEL_ROWS
 
 
 def experts(
@@ -134,28 +134,29 @@ def _many_tokens(
 ) -> None:
     (n_tok, n_embd), n_used, (n_expert, n_ff, _) = x.shape, ids.shape[1], gate.shape
     n_slots = n_tok * n_used
-    kind, kind_up, kind_down = (panels.kind_of(w.type.id) for w in (gate, up, down))
+    kind, kind_up = (panels.kind_of(w.type.id, n_embd) for w in (gate, up))
     if kind != kind_up:  # one packing serves both
         kind = "f32"
+    kind_down = panels.kind_of(down.type.id, n_ff)
     sizes = [
-        4 * n_slots, 4 * (n_expert + 1), panels.packed_bytes(kind, n_slots, n_embd),
+        4 * n_slots, 4 * (n_expert + 1), panels.packed_bytes(kind, n_slots, n_embd), 4 * n_slots * n_ff,
         panels.packed_bytes(kind_down, n_slots, n_ff), 4 * n_slots * n_embd,
     ]  # fmt: skip
     ends = np.cumsum([-(-n // 64) * 64 for n in sizes])
-    order, starts, packed, hidden, downed = np.split(run.workspace(int(ends[-1])), ends[:-1])
+    order, starts, packed, hidden, packed_hidden, downed = np.split(run.workspace(int(ends[-1])), ends[:-1])
     order, starts = order[: sizes[0]].view(np.int32), starts[: sizes[1]].view(np.int32)
+    hidden = hidden[: sizes[3]].view(np.float32).reshape(n_slots, n_ff)
 
     run.launch(sort_slots(), 1, (ids, n_slots, n_expert, order, starts))
     panels.launch_pack(run, kind, x, packed, order, n_used)
     run.launch(
-        gate_up(gate_id=gate.type.id, up_id=up.type.id, kind=kind, kind_out=kind_down),
-        n_expert * -(-n_ff // PANEL_ROWS),
-        (*_strides(gate), *_strides(up), n_ff, n_embd, starts, packed, panels.block_bytes(kind, n_slots))
-        + (hidden, panels.block_bytes(kind_down, n_slots)),
-    )
+        gate_up(gate_id=gate.type.id, up_id=up.type.id, kind=kind), n_expert * -(-n_ff // PANEL_ROWS),
+        (*_strides(gate), *_strides(up), n_ff, n_embd, starts, packed, panels.block_bytes(kind, n_slots), hidden),
+    )  # fmt: skip
+    panels.launch_pack(run, kind_down, hidden, packed_hidden)
     run.launch(
         expert_down(type_id=down.type.id, kind=kind_down), n_expert * -(-n_embd // PANEL_ROWS),
-        (*_strides(down), n_embd, n_ff, starts, order, hidden, panels.block_bytes(kind_down, n_slots), downed),
+        (*_strides(down), n_embd, n_ff, starts, order, packed_hidden, panels.block_bytes(kind_down, n_slots), downed),
     )  # fmt: skip
     run.launch(add_slots(), n_tok, (downed, weights, n_used, out, out.strides[0], n_embd))
 
@@ -191,17 +192,15 @@ def sort_slots():
 
 
 @kernel
-def gate_up(gate_id, up_id, kind, kind_out):
-    """PANEL_ROWS rows of one expert's gate and up a tile, times all its slots; silu(gate) · up, packed for down."""
-    from .simd import ld, ld_i32, st, st_bf16
+def gate_up(gate_id, up_id, kind):
+    """PANEL_ROWS rows of one expert's gate and up a tile, times all its slots: silu(gate) · up, (n_slots, n_ff)."""
+    from .simd import ld, ld_i32, st
 
     gate_product, up_product = panels.panel_product(gate_id, kind), panels.panel_product(up_id, kind)
     silu = silu_times()
-    size = 2 if kind == "bf16" else 4
-    size_out = 2 if kind_out == "bf16" else 4
+    nbytes = PACKED_BYTES[kind]
 
-    def body(tile, scratch, gate, gate_expert, gate_row, up, up_expert, up_row, n_ff, k, starts, x, x_block,
-             hidden, hidden_block):  # fmt: skip
+    def body(tile, scratch, gate, gate_expert, gate_row, up, up_expert, up_row, n_ff, k, starts, x, x_block, hidden):
         tiles = (n_ff + PANEL_ROWS - 1) // PANEL_ROWS
         expert, first = tile // tiles, tile % tiles * PANEL_ROWS
         rows = min(PANEL_ROWS, n_ff - first)
@@ -210,21 +209,17 @@ def gate_up(gate_id, up_id, kind, kind_out):
         upped = gated + MAX_ROWS * PANEL_ROWS * 4
         gate += expert * gate_expert + first * gate_row
         up += expert * up_expert + first * up_row
-        hidden += first // COLUMNS * hidden_block + first % COLUMNS * size_out
+        hidden += 4 * first
         for i in range(start, stop, MAX_ROWS):
             n = min(MAX_ROWS, stop - i)
-            source = x + i * COLUMNS * size
+            source = x + i * nbytes
             gate_product(gate, gate_row, rows, k, source, x_block, n, gated, scratch)
             up_product(up, up_row, rows, k, source, x_block, n, upped, scratch)
             for t in range(n):
-                to = hidden + (i + t) * COLUMNS * size_out
+                to = hidden + 4 * (i + t) * n_ff
                 for r in range(0, rows, 16):
                     at = 4 * (t * PANEL_ROWS + r)
-                    v = silu(ld(gated + at), ld(upped + at))
-                    if size_out == 2:
-                        st_bf16(to + 2 * r, v)
-                    else:
-                        st(to + 4 * r, v)
+                    st(to + 4 * r, silu(ld(gated + at), ld(upped + at)))
 
     return body
 
@@ -235,7 +230,7 @@ def expert_down(type_id, kind):
     from .simd import ld, ld_i32, st
 
     product = panels.panel_product(type_id, kind)
-    size = 2 if kind == "bf16" else 4
+    nbytes = PACKED_BYTES[kind]
 
     def body(tile, scratch, down, down_expert, down_row, n_embd, k, starts, order, x, x_block, out):
         tiles = (n_embd + PANEL_ROWS - 1) // PANEL_ROWS
@@ -246,7 +241,7 @@ def expert_down(type_id, kind):
         stop = ld_i32(starts + 4 * expert + 4)
         for i in range(ld_i32(starts + 4 * expert), stop, MAX_ROWS):
             n = min(MAX_ROWS, stop - i)
-            product(down, down_row, rows, k, x + i * COLUMNS * size, x_block, n, sums, scratch)
+            product(down, down_row, rows, k, x + i * nbytes, x_block, n, sums, scratch)
             for t in range(n):
                 to = out + (ld_i32(order + 4 * (i + t)) * n_embd + first) * 4
                 for r in range(0, rows, 16):

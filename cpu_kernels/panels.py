@@ -1,14 +1,15 @@
 """Products of quantised weights and many rows of activations, by panels decoded in the first cache.
 
     weights   PANEL_ROWS rows x 256 columns are decoded at a time into a panel [columns / g][PANEL_ROWS][g]; g values of
-              32 bits: 2 bf16 or 1 f32. Nothing is kept: the file's bytes are the only copy of a weight
+              32 bits: 4 int8, 2 bf16 or 1 f32. Nothing is kept: the file's bytes are the only copy of a weight
     rows      packed once: [k / 256][n_rows][256], so that a pass over all rows reads memory in order
     sums      [n_rows][PANEL_ROWS] f32, in the thread's scratch
 
-The microkernel then runs over all rows for each panel. `kind` is what both sides are multiplied in: f32 for F32 and F16
-weights, else ISA.panel. One product serves every format. Decoding costs 0.07-0.19 ns a weight, a product of 48 rows
-0.2, one of 512 2.1, so repacked copies of the weights would gain little; int8 panels would gain at most 1.3 and err
-three times as much (0.6 % against 0.23 % with bf16, of normal data).
+The microkernel then runs over all rows for each panel. `kind` is what both sides are multiplied in:
+
+    f32    F32 and F16 weights, and all where the CPU has nothing better
+    int8   formats with codes (quants.Codes) on CPUs with dot products of four bytes; see int8_panels.py
+    bf16   the rest
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from . import quants
 from ._jit import kernel
 from .isa import ISA
+from .quants.activations import BLOCK_256
 
 N_VEC = 4 if ISA.avx512 else 2
 PANEL_ROWS = 16 * N_VEC
@@ -27,12 +29,18 @@ BLOCK_ROWS = ISA.n_acc // N_VEC  # activation rows of a register block
 COLUMNS = 256
 MAX_ROWS = 768 // BLOCK_ROWS * BLOCK_ROWS  # of a tile: its sums are then 192 KiB, in the second cache
 PACKED_ROWS = 16  # of a tile of pack_rows
+PACKED_BYTES = {"f32": 4 * COLUMNS, "bf16": 2 * COLUMNS, "int8": BLOCK_256}  # of 256 values of a row
 PANEL_BYTES = 4 * COLUMNS * (PANEL_ROWS + 16)  # scratch of a product beside its sums
 
 
-def kind_of(type_id: int) -> str:
-    """What a weight is multiplied in: plain floats exactly, the others as fast as the CPU does it."""
-    return "f32" if quants.FORMATS[type_id].name in ("F32", "F16") else ISA.panel
+def kind_of(type_id: int, k: int) -> str:
+    """What rows of k values of a format are multiplied in."""
+    f = quants.FORMATS[type_id]
+    if f.name in ("F32", "F16"):
+        return "f32"
+    if f.codes is not None and (ISA.vnni512 or ISA.avxvnni) and k % max(64, f.block) == 0:
+        return "int8"
+    return ISA.panel
 
 
 def packed_bytes(kind: str, n_rows: int, k: int) -> int:
@@ -42,27 +50,35 @@ def packed_bytes(kind: str, n_rows: int, k: int) -> int:
 
 def block_bytes(kind: str, n_rows: int) -> int:
     """Bytes from one block of 256 columns to the next."""
-    return (n_rows + BLOCK_ROWS - 1) * COLUMNS * (2 if kind == "bf16" else 4)
+    return (n_rows + BLOCK_ROWS - 1) * PACKED_BYTES[kind]
 
 
 @kernel
 def pack_rows(kind):
     """PACKED_ROWS rows a tile. Row i of the result is row order[i] // divisor of x, or row i where order is 0."""
-    from .simd import ld, ld_i32, st, st_bf16
+    from .quants.quantise_blocks import block_256
+    from .simd import bc, ld, ld_i32, st, st_bf16
 
-    bf16 = kind == "bf16"
-    size = 2 if bf16 else 4
+    nbytes = PACKED_BYTES[kind]
+    whole = COLUMNS if kind == "int8" else 16
 
     def body(tile, scratch, x, x_row, order, divisor, n_rows, k, packed, block):
         for i in range(tile * PACKED_ROWS, min(n_rows, tile * PACKED_ROWS + PACKED_ROWS)):
             row = ld_i32(order + 4 * i) // divisor if order != 0 else i
             source = x + row * x_row
-            for c in range(0, k, 16):
-                to = packed + c // COLUMNS * block + (i * COLUMNS + c % COLUMNS) * size
-                if bf16:
-                    st_bf16(to, ld(source + 4 * c))
+            to = packed + i * nbytes
+            for c in range(0, k // whole * whole, whole):
+                if kind == "int8":
+                    block_256(source + 4 * c, to + c // COLUMNS * block)
+                elif kind == "bf16":
+                    st_bf16(to + c // COLUMNS * block + c % COLUMNS * 2, ld(source + 4 * c))
                 else:
-                    st(to, ld(source + 4 * c))
+                    st(to + c // COLUMNS * block + c % COLUMNS * 4, ld(source + 4 * c))
+            last = k % whole  # the rest of a record is zeros
+            if last != 0:
+                for c in range(0, COLUMNS, 16):
+                    st(scratch + 4 * c, ld(source + 4 * (k - last + c)) if c < last else bc(0.0))
+                block_256(scratch, to + k // COLUMNS * block)
 
     return body
 
@@ -80,6 +96,10 @@ def panel_product(type_id: int, kind: str) -> Any:
     n_w is at most PANEL_ROWS; sums has room for n rounded up to BLOCK_ROWS, and columns from n_w on are undefined;
     memory is PANEL_BYTES. For kernel factories.
     """
+    if kind == "int8":
+        from . import int8_panels
+
+        return int8_panels.panel_product(type_id)
     from .microkernel import load_regs, rank1_bf16, rank1_f32, store_regs, zeros_f
     from .simd import device, transpose16
 
@@ -124,14 +144,14 @@ def multiply(type_id, kind, accumulate):
     from .simd import ld, ld_scalar, st, st_scalar
 
     product = panel_product(type_id, kind)
-    size = 2 if kind == "bf16" else 4
+    nbytes = PACKED_BYTES[kind]
 
     def body(tile, scratch, w, w_row, n_w, k, x, block, n_tok, n_chunk, out, out_row):
         panels = (n_w + PANEL_ROWS - 1) // PANEL_ROWS
         first, start = tile % panels * PANEL_ROWS, tile // panels * n_chunk
         rows, n = min(PANEL_ROWS, n_w - first), min(n_chunk, n_tok - start)
         sums = scratch + PANEL_BYTES
-        product(w + first * w_row, w_row, rows, k, x + start * COLUMNS * size, block, n, sums, scratch)
+        product(w + first * w_row, w_row, rows, k, x + start * nbytes, block, n, sums, scratch)
         for t in range(n):
             source, to = sums + t * PANEL_ROWS * 4, out + (start + t) * out_row + 4 * first
             for r in range(0, rows // 16 * 16, 16):
@@ -148,7 +168,8 @@ def launch_multiply(
     run: Any, weight: Any, x: np.ndarray, packed: np.ndarray, out: np.ndarray, accumulate: bool, barrier: bool
 ) -> None:
     """Queue out (n_tok, m) = packed x (n_tok, k) @ weight (m, k).T."""
-    (n_tok, k), m, kind = x.shape, weight.shape[0], kind_of(weight.type.id)
+    (n_tok, k), m = x.shape, weight.shape[0]
+    kind = kind_of(weight.type.id, k)
     n_panels = -(-m // PANEL_ROWS)
     most = MAX_ROWS if n_panels >= 8 else 96  # few panels are cut along the other side, so that threads have work
     n_chunks = -(-n_tok // most)

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from synthetic import quantise
 
-F32, Q8_0, Q4_K, Q6_K = 0, 8, 12, 14
+F32, Q8_0, Q4_K, Q6_K, BF16 = 0, 8, 12, 14, 30
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """The ggml formats of weights: how a block decodes, and how a row of blocks is multiplied with an activation row.
 
-One file per family of formats, with the block drawn in its docstring. A format has two things:
+One file per family of formats, with the block drawn in its docstring. A format has two things
 
     decode(b, w)     a generator of LLVM code: (column, 16 floats) for one block, the same bits as gguf's dequantiser
     row_dot          weight row x activation row; its activations are f32, or int8 as `quantise_rows` leaves them
+
+and, where int8 panels of it are worth having, a third, `codes`: 64 codes at a time, with their scales.
 
 Activations in int8 come in two layouts, both in natural order:
 
@@ -26,7 +28,25 @@ from typing import Any
 
 from .activations import quantise_rows, record_bytes
 
-__all__ = ["FORMATS", "Format", "block_decoder", "decoder", "quantise_rows", "record_bytes", "row_bytes", "row_dot"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "block_decoder",
+    "block_codes",
+    "decoder",
+    "quantise_rows",
+    "record_bytes",
+    "row_bytes",
+    "row_dot",
+]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A format as codes 0..255: value = scale * (code - centre), or scale * code - minimum where centre is None."""
+
+    sub: int  # values per scale
+    centre: int | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Format:
     nbytes: int  # bytes per block
     activation: str  # what row_dot reads: 'f32', 'q8_256' or 'q8_32'
     family: str  # the module of its code
+    codes: Codes | None = None  # what int8 panels are made of; None: there is no such code
 
 
 FORMATS: dict[int, Format] = {
@@ -47,18 +68,18 @@ FORMATS: dict[int, Format] = {
         Format("F32", 0, 32, 128, "f32", "floats"),
         Format("F16", 1, 32, 64, "f32", "floats"),
         Format("BF16", 30, 32, 64, "f32", "floats"),
-        Format("Q4_0", 2, 32, 18, "q8_32", "q4"),
+        Format("Q4_0", 2, 32, 18, "q8_32", "q4", Codes(32, 8)),
         Format("Q4_1", 3, 32, 20, "q8_32", "q4"),
-        Format("Q5_0", 6, 32, 22, "q8_32", "q5"),
+        Format("Q5_0", 6, 32, 22, "q8_32", "q5", Codes(32, 16)),
         Format("Q5_1", 7, 32, 24, "q8_32", "q5"),
-        Format("Q8_0", 8, 32, 34, "q8_32", "q8"),
+        Format("Q8_0", 8, 32, 34, "q8_32", "q8", Codes(32, 128)),
         Format("Q2_K", 10, 256, 84, "q8_256", "q2_k"),
-        Format("Q3_K", 11, 256, 110, "q8_256", "q3_k"),
-        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k"),
-        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k"),
-        Format("Q6_K", 14, 256, 210, "q8_256", "q6_k"),
-        Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4"),
-        Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4"),
+        Format("Q3_K", 11, 256, 110, "q8_256", "q3_k", Codes(16, 4)),
+        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k", Codes(32, None)),
+        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k", Codes(32, None)),
+        Format("Q6_K", 14, 256, 210, "q8_256", "q6_k", Codes(16, 32)),
+        Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4", Codes(32, 128)),
+        Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4", Codes(32, 128)),
     )
 }
 
@@ -97,6 +118,14 @@ def block_decoder(type_id: int, kind: str = "f32") -> Any:
                 store(b, to_bf16(b, low, values), offset(b, out, 2 * (column - 16)))
 
     return decode_block
+
+
+def block_codes(type_id: int) -> Callable[[Any, Any], Any]:
+    """codes(b, w) -> ([<64 x i8>, …], scales, minima or None) of a block of 256, or of two of 32. Imports Numba.
+
+    scales and minima are vectors of f32, one value for each `codes.sub` values.
+    """
+    return getattr(_family(type_id), f"codes_{FORMATS[type_id].name.lower()}")
 
 
 @functools.cache

@@ -14,7 +14,20 @@ from llvmlite import ir
 
 from ..simd import F32, I8, I16, I32, VF, V, W, const_i, fma_, load, offset, splat
 from .activations import SCALE
-from .emit import add_scaled, columns, dot_signed, half, lookup, magnitude, nibbles, pair_sums, quad_sums, signed, take
+from .emit import (
+    add_scaled,
+    columns,
+    dot_signed,
+    half,
+    halves,
+    lookup,
+    magnitude,
+    nibbles,
+    pair_sums,
+    quad_sums,
+    signed,
+    take,
+)
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -47,8 +60,13 @@ def _values(b, w, i):
     return lookup(b, TABLE, nibbles(b, *[offset(b, w, 8 + 32 * i + 16 * j) for j in range(2)]))
 
 
+def _factors(b, w):
+    """8 f32 scales"""
+    return b.fmul(b.sitofp(_scales(b, w), V(F32, 8)), splat(b, half(b, w), 8))
+
+
 def decode_iq4_xs(b, w):
-    scales = b.fmul(b.sitofp(_scales(b, w), V(F32, 8)), splat(b, half(b, w), 8))
+    scales = _factors(b, w)
     for i in range(4):
         q = _values(b, w, i)
         for c, lanes in columns(q):
@@ -63,3 +81,15 @@ def dot_iq4_xs(b, acc, w, x):
         total = quad_sums(b, pairs, take(b, scales, [2 * i + j // 16 for j in range(32)]), total)
     factor = b.fmul(half(b, w), load(b, offset(b, x, SCALE), F32))
     return fma_(b, b.sitofp(total, VF), splat(b, factor), acc)
+
+
+def codes_iq4_nl(b, blocks):
+    return (
+        [b.xor(lookup(b, TABLE, nibbles(b, *[offset(b, w, 2) for w in blocks])), const_i(-128, 64, I8))],
+        halves(b, *blocks),
+        None,
+    )
+
+
+def codes_iq4_xs(b, w):
+    return [b.xor(_values(b, w, i), const_i(-128, 64, I8)) for i in range(4)], _factors(b, w), None

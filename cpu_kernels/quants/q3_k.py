@@ -30,8 +30,13 @@ def _scales(b, w):
     return b.sub(b.or_(low, high), const_i(32, W, I8))
 
 
+def _factors(b, w):
+    """16 f32 scales"""
+    return b.fmul(signed(b, _scales(b, w)), splat(b, half(b, offset(b, w, 108))))
+
+
 def decode_q3_k(b, w):
-    scales = b.fmul(signed(b, _scales(b, w)), splat(b, half(b, offset(b, w, 108))))
+    scales = _factors(b, w)
     for i in range(4):
         q = _codes(b, w, i)
         for c in range(0, 64, W):
@@ -41,3 +46,7 @@ def decode_q3_k(b, w):
 
 def dot_q3_k(b, acc, w, x):
     return add_centred(b, acc, [_codes(b, w, i) for i in range(4)], 4, _scales(b, w), offset(b, w, 108), x)
+
+
+def codes_q3_k(b, w):
+    return [_codes(b, w, i) for i in range(4)], _factors(b, w), None

@@ -49,10 +49,14 @@ def _codes(b, w, i, high):
     return b.or_(codes, fields(b, concat(b, qh, qh), (2 * i - 4, 2 * i - 3), 16))
 
 
-def _decode(b, w, high):
+def _factors(b, w):
+    """8 f32 scales and 8 minima, as values use them."""
     scales, minima = (b.uitofp(b.bitcast(v, V(I8, 8)), V(F32, 8)) for v in _scales(b, w))
-    scales = b.fmul(scales, splat(b, half(b, w), 8))
-    minima = b.fmul(minima, splat(b, half(b, offset(b, w, 2)), 8))
+    return b.fmul(scales, splat(b, half(b, w), 8)), b.fmul(minima, splat(b, half(b, offset(b, w, 2)), 8))
+
+
+def _decode(b, w, high):
+    scales, minima = _factors(b, w)
     for i in range(4):
         q = _codes(b, w, i, high)
         for c in range(0, 64, W):
@@ -94,3 +98,11 @@ def dot_q4_k(b, acc, w, x):
 
 def dot_q5_k(b, acc, w, x):
     return _dot(b, acc, w, x, high=True)
+
+
+def codes_q4_k(b, w):
+    return [_codes(b, w, i, high=False) for i in range(4)], *_factors(b, w)
+
+
+def codes_q5_k(b, w):
+    return [_codes(b, w, i, high=True) for i in range(4)], *_factors(b, w)

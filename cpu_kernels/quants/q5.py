@@ -11,7 +11,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ..simd import I8, I32, I64, V, const_f, const_i, load, offset, splat
-from .emit import add_shifted, add_with_minimum, columns, half, nibbles, take, unsigned
+from .emit import add_shifted, add_with_minimum, columns, half, halves, nibbles, take, unsigned
 
 
 def _codes(b, blocks, qh):
@@ -42,3 +42,7 @@ def dot_q5_0(b, acc, blocks, x, scales):
 
 def dot_q5_1(b, acc, blocks, x, scales):
     return add_with_minimum(b, acc, _codes(b, blocks, 4), blocks, x, scales)
+
+
+def codes_q5_0(b, blocks):
+    return [_codes(b, blocks, 2)], halves(b, *blocks), None

@@ -22,8 +22,13 @@ def _codes(b, w, i):
     return b.or_(low, fields(b, concat(b, qh, qh), (4 * upper - 4, 4 * upper - 2), 0x30))
 
 
+def _factors(b, w):
+    """16 f32 scales"""
+    return b.fmul(signed(b, load(b, offset(b, w, 192), V(I8, W))), splat(b, half(b, offset(b, w, 208))))
+
+
 def decode_q6_k(b, w):
-    scales = b.fmul(signed(b, load(b, offset(b, w, 192), V(I8, W))), splat(b, half(b, offset(b, w, 208))))
+    scales = _factors(b, w)
     for i in range(4):
         q = _codes(b, w, i)
         for c in range(0, 64, W):
@@ -34,3 +39,7 @@ def decode_q6_k(b, w):
 def dot_q6_k(b, acc, w, x):
     scales = load(b, offset(b, w, 192), V(I8, W))
     return add_centred(b, acc, [_codes(b, w, i) for i in range(4)], 32, scales, offset(b, w, 208), x)
+
+
+def codes_q6_k(b, w):
+    return [_codes(b, w, i) for i in range(4)], _factors(b, w), None

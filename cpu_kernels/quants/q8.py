@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from ..simd import I8, VF, VI, V, W, concat, load, offset, splat
-from .emit import add_scaled, dot_signed, half
+from ..simd import I8, VF, VI, V, W, concat, const_i, load, offset, splat
+from .emit import add_scaled, dot_signed, half, halves
 
 
 def decode_q8_0(b, w):
@@ -18,3 +18,8 @@ def decode_q8_0(b, w):
 def dot_q8_0(b, acc, blocks, x, scales):
     q = concat(b, *[load(b, offset(b, w, 2), V(I8, 32)) for w in blocks])
     return add_scaled(b, acc, dot_signed(b, q, x), blocks, scales)
+
+
+def codes_q8_0(b, blocks):
+    q = concat(b, *[load(b, offset(b, w, 2), V(I8, 32)) for w in blocks])
+    return [b.xor(q, const_i(-128, 64, I8))], halves(b, *blocks), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from compare import assert_close
-from weights import F32, Q4_K, Q6_K, Q8_0, rows, weight
+from weights import BF16, F32, Q4_K, Q6_K, Q8_0, rows, weight
 
 from cpu_kernels import panels
 from cpu_kernels.moe import experts
@@ -61,8 +61,8 @@ def choice(n_tok, n_expert, n_used):
 @pytest.mark.parametrize("n_tok", [1, 3, 16, 17, 65])
 @pytest.mark.parametrize(
     "types",
-    [(Q8_0, Q8_0, Q8_0), (Q4_K, Q4_K, Q6_K), (F32, F32, Q8_0), (Q8_0, F32, F32)],
-    ids=["Q8_0", "Q4_K_Q6_K", "F32_Q8_0", "mixed"],
+    [(Q8_0, Q8_0, Q8_0), (Q4_K, Q4_K, Q6_K), (BF16, BF16, Q8_0), (Q8_0, F32, F32)],
+    ids=["Q8_0", "Q4_K_Q6_K", "BF16_Q8_0", "mixed"],
 )
 def test_experts_are_added(types, n_tok):
     n_embd, n_ff = 256, 512 if types[2] == Q6_K else 96
@@ -98,7 +98,7 @@ def test_an_expert_may_be_chosen_by_more_tokens_than_a_tile_takes():
         x.astype(np.float64), ids, weights, lambda e: (gate.values[e], up.values[e], down.values[e])
     )
     added = run_experts(x, ids, weights, gate, up, down).astype(np.float64) - rows(n_tok, 64, seed=9)
-    assert_close(added, expected, rtol=np.inf, nmse=1e-4)
+    assert_close(added, expected, rtol=np.inf, nmse=1e-3)
 
 
 def test_a_token_has_the_bits_it_has_alone_and_on_any_number_of_threads():
