@@ -7,10 +7,13 @@ click is imported at the top, so that `konly --help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +29,31 @@ TYPES_K = ("f16", "bf16", "q8")
 
 
 class _Commands(click.Group):
-    """The one place where errors become a line, and Ctrl-C an exit code."""
+    """The one place where errors and warnings become a line, and Ctrl-C an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a console that lacks a character is no reason to stop
+        if sys.stdout is None:
+            raise click.ClickException("standard output is closed")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a console that lacks a character is no reason to stop
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: _note(f"Warning: {message}")
+                return super().invoke(ctx)
         except EngineError as error:
             raise click.ClickException(printable(str(error))) from None
+        except OSError as error:  # of writing: whatever is read has errors of its own
+            if error.errno == errno.EPIPE:  # `| head` has seen enough; click leaves without a word
+                raise
+            raise click.ClickException(f"cannot write: {error.strerror or error}") from None
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(130)
+
+
+def _note(line: str) -> None:
+    click.echo(printable(line), err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,7 +76,7 @@ def _model(model: str | None, model_option: str | None) -> str | None:
     return model or model_option
 
 
-@main.command()
+@main.command(short_help="Continue a text.")
 @_model_options
 @click.option("-p", "--prompt", help="The text to continue; - reads it from standard input.")
 @click.option("-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help="Read the prompt from a file.")
@@ -91,7 +107,14 @@ def _model(model: str | None, model_option: str | None) -> str | None:
     help="Prompt tokens computed at once.",
     show_default=True,
 )
-@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES_K), default="f16", show_default=True)
+@click.option(
+    "-ctk",
+    "--cache-type-k",
+    type=click.Choice(TYPES_K),
+    default="f16",
+    help="How the K-cache keeps its rows; q8 takes 0.57 of f16's memory.",
+    show_default=True,
+)
 @click.option("--temp", default=0.8, help="0: always the most probable token.", show_default=True)
 @click.option("--top-k", default=40, help="0: off.", show_default=True)
 @click.option("--top-p", default=0.95, help="1: off.", show_default=True)
@@ -147,6 +170,8 @@ def run(
             progress=progress,
         )
         stack.callback(opened.close)
+        for remark in _remarks(opened):
+            _note(remark)
         pieces = opened.generate(
             prompt, max_tokens=None if n_predict < 0 else n_predict, sampling=engine.Sampling(**sampling)
         )
@@ -166,14 +191,19 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         except OSError as error:
             raise click.UsageError(f"{file}: cannot be read ({error.strerror})") from None
     elif prompt is not None and prompt != "-":
-        text = prompt
-    elif prompt == "-" or not sys.stdin.isatty():
+        text = prompt if _is_text(prompt) else _decode(os.fsencode(prompt), "the prompt")
+    elif sys.stdin is not None and (prompt == "-" or not sys.stdin.isatty()):
         text = _decode(sys.stdin.buffer.read(), "standard input")
     else:
-        raise click.UsageError('no prompt; give one by -p "TEXT", -f FILE or on standard input')
+        text = ""
     if not text:
-        raise click.UsageError("the prompt is empty")
+        raise click.UsageError('no prompt; give one by -p "TEXT", -f FILE or on standard input')
     return text
+
+
+def _is_text(argument: str) -> bool:
+    """False: in an ASCII locale, say, Python could not decode all bytes of the argument."""
+    return not any("\ud800" <= c <= "\udfff" for c in argument)
 
 
 def _decode(content: bytes, source: str) -> str:
@@ -182,6 +212,18 @@ def _decode(content: bytes, source: str) -> str:
         return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{source} is not UTF-8 (at byte {error.start})") from None
+
+
+def _remarks(opened: Engine) -> Iterator[str]:
+    """What a user should know before waiting for the text."""
+    from . import memory
+
+    n_ctx, trained = opened.n_ctx, opened.hparams.n_ctx_train
+    if n_ctx > trained:
+        yield f"Note: n_ctx = {n_ctx:,} is more than the {trained:,} tokens that the model was trained for"
+    full, available = opened.cache.layout.nbytes, memory.available()
+    if available is not None and full > available:
+        yield f"Note: {n_ctx:,} tokens in the K-cache take {size(full)}; {size(available)} of memory are available"
 
 
 def _stream(pieces: Generator[str], prompt: str) -> bool:
@@ -204,7 +246,14 @@ def _stream(pieces: Generator[str], prompt: str) -> bool:
                 write(piece)
         except KeyboardInterrupt:
             interrupted = True
-    if not ends_line:
+        except EngineError:  # its line comes next
+            if not ends_line:
+                write("\n")
+            raise
+    after_ctrl_c = interrupted and sys.stderr.isatty()  # it shows as ^C
+    if after_ctrl_c:
+        click.echo(err=True)
+    if not ends_line and not (after_ctrl_c and terminal):
         write("\n")
     return interrupted
 
@@ -213,7 +262,7 @@ def _summary(opened: Engine, n_predict: int) -> str:
     stats = opened.stats
     line = (
         f"prompt {stats.n_prompt:,} tokens, {_rate(stats.n_prompt, stats.t_prompt)} | "
-        f"generated {stats.n_generated:,} tokens, {_rate(stats.n_generated, stats.t_generated)} | "
+        f"generated {stats.n_generated:,} tokens, {_rate(stats.n_generated - 1, stats.t_generated)} | "
         f"K-cache {size(opened.cache_bytes)} ({opened.type_k})"
     )
     if stats.finish_reason == "length" and stats.n_generated != n_predict:
@@ -222,10 +271,10 @@ def _summary(opened: Engine, n_predict: int) -> str:
 
 
 def _rate(n: int, seconds: float) -> str:
-    return f"{n / seconds:,.1f} t/s" if n and seconds > 0 else "- t/s"
+    return f"{n / seconds:,.1f} t/s" if n > 0 and seconds > 0 else "- t/s"
 
 
-@main.command()
+@main.command(short_help="Tell what a GGUF file holds, and what context fits.")
 @_model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str | None, model_option: str | None, as_json: bool) -> None:
@@ -299,7 +348,7 @@ def _cache_table(told: dict[str, Any]) -> list[tuple[str, ...]]:
 @_model_options
 @click.option("-p", "--n-prompt", default="512", help="Prompt lengths to time.", show_default=True)
 @click.option(
-    "-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens to decode at each depth.", show_default=True
+    "-n", "--n-gen", type=click.IntRange(0), default=32, help="Tokens to decode at each depth.", show_default=True
 )
 @click.option("-d", "--depth", default="0", help="Tokens in the cache beforehand.", show_default=True)
 @click.option("-t", "--threads", default="0", help="0: one for each physical core.", show_default=True)

@@ -80,7 +80,7 @@ class CompileProgress:
         if self._started and done >= total:
             seconds = time.perf_counter() - self._started
             self._stop()
-            _note(f"compiled {total} kernels for this CPU in {seconds:.1f} s; kept for the next start")
+            _note(f"compiled {total} kernels for this CPU in {seconds:.1f} s")
 
     def _start(self, total: int) -> None:
         self._started = time.perf_counter()

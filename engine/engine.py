@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from importlib.resources import as_file, files
 
@@ -15,6 +16,7 @@ from .tokenizer import Tokenizer
 
 DEFAULT_MODEL = "tiny-mla-tales-Q8_0.gguf"
 DEFAULT_N_CTX = 4096
+MAX_N_CTX = 1 << 24
 
 
 class Engine(Stream):
@@ -41,11 +43,11 @@ class Engine(Stream):
         backend: str = "cpu",
         progress: Progress | None = None,
     ):
-        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_ubatch", n_ubatch)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise EngineError(f"{name} is {value!r}; expected a positive integer")
+        n_ctx = None if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
+        n_threads = None if n_threads is None else _count("n_threads", n_threads)
+        n_ubatch = _count("n_ubatch", n_ubatch)
         ops = backends.ops(backend)
-        self.path = os.fspath(path if path is not None else default_model())
+        self.path = os.fsdecode(path if path is not None else default_model())
         file = read(self.path)
         hparams = HParams.from_gguf(file)
         weights = models.build(hparams, file, ops)
@@ -54,7 +56,20 @@ class Engine(Stream):
 
     def stream(self, n_ctx: int | None = None, type_k: str | None = None) -> Stream:
         """Another cache and position over the same weights; may run in another thread."""
-        return Stream(self.model, n_ctx or self.n_ctx, type_k or self.type_k)
+        n_ctx = self.n_ctx if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
+        return Stream(self.model, n_ctx, self.type_k if type_k is None else type_k)
+
+
+def _count(name: str, value: object, high: int | None = None) -> int:
+    """The value as an int; any integer will do, a bool will not."""
+    try:
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        n = 0
+    if n < 1 or isinstance(value, bool) or (high is not None and n > high):
+        expected = "a positive integer" if high is None else f"an integer from 1 to {high:,}"
+        raise EngineError(f"{name} is {value!r}; expected {expected}")
+    return n
 
 
 def default_model() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import Cancelled, ContextFullError, EngineError
+from .errors import Cancelled, ContextFullError, EngineError, UnsupportedModelError
 from .hparams import HParams
 from .k_cache import KCache, KCacheLayout
 from .layers.mla import MAX_DECODE_TOKENS
@@ -31,6 +31,7 @@ from .tokenizer import Tokenizer
 MIN_MHA_TOKENS = 64
 
 Progress = Callable[[int, int, str], None]
+Recording = tuple[Step, Any, np.ndarray | None]  # inputs, tape, logits
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class Model:
 
 @dataclass
 class Stats:
-    """Of one generate(). Times in seconds; finish_reason: 'stop' | 'length' | 'cancelled', None while it runs."""
+    """Of one generate(). Times in seconds, without compiling, and without what the caller does between pieces.
+
+    The first token comes out of the prompt's logits, so t_generated is that of n_generated - 1 steps.
+    """
 
     n_prompt: int = 0
     t_prompt: float = 0.0
     n_generated: int = 0
     t_generated: float = 0.0
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # 'stop' | 'length' | 'cancelled'; None while it runs, or if it failed
 
 
 class Stream:
@@ -65,15 +69,19 @@ class Stream:
         self.model, self.hparams, self.tokenizer = model, hp, model.tokenizer
         self.cache = KCache(KCacheLayout(hp.n_layer, n_ctx, hp.kv_lora_rank, hp.n_rot, type_k))
         self.stats = Stats()
+        self.n_ubatch = min(model.n_ubatch, n_ctx)
         self._run = model.ops.Run(model.n_threads)
-        self._buffers = Buffers(model.n_ubatch)
+        self._buffers = Buffers(self.n_ubatch)
         self._inv_freq = hp.inv_freq
-        self._recordings: dict[tuple[int, int], tuple[Step, Any, np.ndarray | None]] = {}
+        self._recordings: dict[tuple[int, int], Recording] = {}
+        self._compiled: set[int] = set()
         self._busy = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
-        """Give the cache and the buffers back; the stream cannot be used any more."""
+        """Give the cache and the buffers back; the stream cannot be used any more. A second close() does nothing."""
+        if self._closed:
+            return
         with self._alone():
             self._closed = True
             self._recordings.clear()
@@ -123,22 +131,25 @@ class Stream:
         Cancelled after cancel(), KeyboardInterrupt after Ctrl-C: the cache keeps the ubatches that were finished.
         """
         with self._alone():
-            ids = self._checked(tokens)
+            ids = self._checked(tokens, self.n_kv)
             if logits not in ("last", "all"):
                 raise EngineError(f"logits is {logits!r}; expected 'last' or 'all'")
             self._run.cancel[0] = 0
-            pieces = []
-            for start in range(0, len(ids), self.model.n_ubatch):
-                ubatch = ids[start : start + self.model.n_ubatch]
-                last = start + len(ubatch) == len(ids)
-                out = self._ubatch(ubatch, len(ubatch) if logits == "all" else int(last))
-                if out is not None:
-                    pieces.append(out.copy())
-            return np.concatenate(pieces) if logits == "all" else pieces[-1][0]
+            return self._step(ids, every=logits == "all")
 
     def cancel(self) -> None:
         """Stop a step or generate() that runs in another thread: it raises Cancelled, or ends, at the next tile."""
         self._run.cancel[0] = 1
+
+    def _step(self, ids: np.ndarray, every: bool) -> np.ndarray:
+        pieces = []
+        for start in range(0, len(ids), self.n_ubatch):
+            ubatch = ids[start : start + self.n_ubatch]
+            last = start + len(ubatch) == len(ids)
+            out = self._ubatch(ubatch, len(ubatch) if every else int(last))
+            if out is not None:
+                pieces.append(out.copy())
+        return np.concatenate(pieces) if every else pieces[-1][0]
 
     def _ubatch(self, ids: np.ndarray, n_logits: int) -> np.ndarray | None:
         """Execute one step of at most n_ubatch tokens; a view of its logits."""
@@ -155,23 +166,38 @@ class Stream:
         self.cache.append(n_tok)
         return logits
 
-    def _recording(self, n_tok: int, n_past: int, n_logits: int) -> tuple[Step, Any, np.ndarray | None]:
-        """The queue of a step. Short ones read all that changes from memory, so their recordings are kept."""
+    def _recording(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
+        """The queue of a step, compiled. Short ones read all that changes from memory, so they are kept."""
         key = n_tok, n_logits
         if key in self._recordings:
             return self._recordings[key]
+        recording = self._record(n_tok, n_past, n_logits)
+        self.model.ops.prepare([recording[1]], self.model.progress)
+        if n_tok <= MAX_DECODE_TOKENS:
+            self._recordings[key] = recording
+        return recording
+
+    def _record(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
         hp, ops = self.hparams, self.model.ops
         mha = n_tok >= MIN_MHA_TOKENS
         step = Step(ops, self._run, self._buffers, n_tok, n_past, mha, self.type_k, hp.n_rot, hp.n_embd)
         logits = np.empty((n_logits, hp.n_vocab), np.float32) if n_logits else None
-        self.model.weights.forward(step, self.cache.rows, logits)
-        tape = self._run.take()
-        ops.prepare([tape], self.model.progress)
-        if n_tok <= MAX_DECODE_TOKENS:
-            self._recordings[key] = step, tape, logits
-        return step, tape, logits
+        self._run.take()  # what Ctrl-C may have left of an earlier one
+        try:
+            self.model.weights.forward(step, self.cache.rows, logits)
+        except ValueError as error:
+            raise UnsupportedModelError(f"this model has a shape that no kernel runs: {error}") from error
+        return step, self._run.take(), logits
 
-    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _compile(self, n_prompt: int) -> None:
+        """Have all kernels at hand that a prompt of this length, and the tokens after it, need: one wait, not two."""
+        sizes = {min(n_prompt, self.n_ubatch), n_prompt % self.n_ubatch, 1} - {0}
+        tapes = [self._record(n_tok, 0, 1)[1] for n_tok in sizes - self._compiled]
+        self.model.ops.prepare(tapes, self.model.progress)
+        self._compiled |= sizes
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray, n_past: int) -> np.ndarray:
+        """The tokens as int32, if they are ids of this vocabulary and fit after the n_past in the cache."""
         try:
             ids = np.asarray(tokens)
             if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
@@ -181,8 +207,8 @@ class Stream:
         if ids.min() < 0 or ids.max() >= self.hparams.n_vocab:
             raise EngineError(f"token id {ids[(ids < 0) | (ids >= self.hparams.n_vocab)][0]} is not in the vocabulary"
                               f" of {self.hparams.n_vocab:,}")  # fmt: skip
-        if self.n_kv + len(ids) > self.n_ctx:
-            held = f" after the {self.n_kv:,} in the cache" if self.n_kv else ""
+        if n_past + len(ids) > self.n_ctx:
+            held = f" after the {n_past:,} in the cache" if n_past else ""
             raise ContextFullError(
                 f"prompt of {len(ids):,} tokens{held} does not fit n_ctx={self.n_ctx};"
                 " raise n_ctx (--ctx-size) or shorten it"
@@ -228,37 +254,42 @@ class Stream:
         Wrong arguments, and a prompt that does not fit n_ctx, raise at the call, before any work. Closing the iterator
         ends the generation; `stats` tells what it did.
         """
-        if sampling is not None and fields:
-            raise EngineError(f"give either sampling or {', '.join(fields)}, not both")
-        try:
-            sampling = sampling or Sampling(**fields)
-        except TypeError:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            unknown = ", ".join(set(fields) - set(Sampling.__dataclass_fields__))
-            raise EngineError(f"unknown sampling fields: {unknown}; known: {known}") from None
-        if max_tokens is not None and max_tokens < 0:
-            raise EngineError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
-        self.clear()
+        sampling = _sampling(sampling, fields)
+        if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 0):
+            raise EngineError(f"max_tokens is {max_tokens!r}; expected 0 or more, or None")
+        stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
+        ids = self._prompt(prompt)
+        with self._alone():
+            self._checked(ids, 0)
+            self.cache.truncate(0)
+            self._run.cancel[0] = 0
+            self._compile(len(ids))
+            self.stats = Stats(n_prompt=len(ids))
+        return self._pieces(ids, max_tokens, stops, Sampler(sampling, self.hparams.n_vocab), self.stats)
+
+    def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise EngineError(f"prompt is of type {type(prompt).__name__}; expected text or token ids")
         ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise EngineError("the prompt is empty, and the model has no BOS token to start from")
-        self._checked(ids)
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        self.stats = Stats(n_prompt=len(ids))
-        return self._pieces(ids, max_tokens, stops, Sampler(sampling, self.hparams.n_vocab), self.stats)
+        return ids
 
     def _pieces(
         self, history: list[int], max_tokens: int | None, stops: StopStrings, sampler: Sampler, stats: Stats
     ) -> Generator[str, None, None]:
         text = self.tokenizer.stream(at_start=False)
-        start = time.perf_counter()
         try:
-            logits = self.step(history)
+            start = time.perf_counter()
+            logits = self._continue(history, 0, stats)
             stats.t_prompt = time.perf_counter() - start
             while max_tokens is None or stats.n_generated < max_tokens:
+                start = time.perf_counter()
+                if stats.n_generated:
+                    logits = self._continue(history[-1:], len(history) - 1, stats)
                 token = sampler.sample(logits, history)
                 stats.n_generated += 1
-                stats.t_generated = time.perf_counter() - start - stats.t_prompt
+                stats.t_generated += time.perf_counter() - start
                 if token in self.tokenizer.eog_ids:
                     stats.finish_reason = "stop"
                     break
@@ -268,16 +299,32 @@ class Stream:
                 if stops.found:
                     stats.finish_reason = "stop"
                     return
-                if self.n_kv == self.n_ctx or stats.n_generated == max_tokens:
+                if len(history) > self.n_ctx:
                     break
-                logits = self.step([token])
             stats.finish_reason = stats.finish_reason or "length"
         except Cancelled:
             stats.finish_reason = "cancelled"
         except (KeyboardInterrupt, GeneratorExit):
             stats.finish_reason = "cancelled"
             raise
-        finally:
-            stats.t_generated = max(0.0, time.perf_counter() - start - stats.t_prompt)
         if piece := stops.push(text.flush()) + stops.flush():
             yield piece
+
+    def _continue(self, tokens: list[int], n_past: int, stats: Stats) -> np.ndarray:
+        """A step of the text that `stats` belongs to, if nothing else has used the stream in between."""
+        with self._alone():
+            if self.stats is not stats or self.n_kv != n_past:
+                raise EngineError(
+                    "something else used this stream before the text ended; take engine.stream() for a second one"
+                )
+            return self._step(self._checked(tokens, n_past), every=False)
+
+
+def _sampling(sampling: Sampling | None, fields: dict[str, Any]) -> Sampling:
+    """One Sampling of what generate() was given."""
+    if sampling is not None and fields:
+        raise EngineError(f"give either sampling or {', '.join(fields)}, not both")
+    if unknown := set(fields) - set(Sampling.__dataclass_fields__):
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise EngineError(f"unknown sampling fields: {', '.join(sorted(unknown))}; known: {known}")
+    return sampling or Sampling(**fields)

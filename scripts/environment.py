@@ -33,7 +33,7 @@ def ensure(extras: Iterable[str] = (), reinstall: bool = False) -> Path:
         _fail(f"konly needs Python 3.11 or newer; this is {version} ({sys.executable})")
     python = _make_venv()
     project = _project()
-    installed = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    installed = _installed()
     extras = sorted({*extras, *installed.get("extras", ())})
     now = {"project": _digest([ROOT / "pyproject.toml"]), "sources": _digest(_sources()), "extras": extras}
 
@@ -97,6 +97,13 @@ def _sources() -> Iterator[Path]:
         for path in sorted((ROOT / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield path
+
+
+def _installed() -> dict[str, Any]:
+    try:
+        return dict(json.loads(STAMP.read_text()))
+    except (OSError, ValueError, TypeError):  # never made, or not written to its end
+        return {}
 
 
 def _digest(paths: Iterable[Path]) -> str:

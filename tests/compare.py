@@ -1,6 +1,7 @@
 """assert_close: compare an array with the oracle's, in steps, and say which element is worst.
 
 Shape and dtype, then the positions of inf and nan, then every element (absolute *or* relative), then the whole (NMSE).
+assert_relative_rms: the whole alone, which is how logits are compared.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def assert_close(
     if nmse is not None:
         found = _nmse(a, e)
         assert found <= nmse, f"nmse {found:.3g}, expected at most {nmse:g}; worst: {_element(a, e, error)}"
+
+
+def assert_relative_rms(actual: Any, expected: Any, tolerance: float) -> None:
+    """Fail unless rms(actual - expected) is within tolerance * rms(expected), over all elements; f32 or f64."""
+    assert_close(actual, np.asarray(expected, np.float64), atol=np.inf, nmse=tolerance**2)
 
 
 def _nmse(a: np.ndarray, e: np.ndarray) -> float:

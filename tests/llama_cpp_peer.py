@@ -227,6 +227,12 @@ def _library() -> C.CDLL:
     return lib
 
 
+def peer_logits(path: str | os.PathLike[str], tokens: np.ndarray, type_k: str = "f16") -> np.ndarray:
+    """Logits (n_tok, n_vocab) f32 of tokens from an empty cache, in one batch."""
+    with LlamaCpp(path, n_ctx=max(512, len(tokens)), type_k=type_k) as peer:
+        return peer.eval(tokens, 0)
+
+
 def mean_kl(logits: np.ndarray, peer: np.ndarray) -> float:
     """Mean over tokens of KL(peer ‖ ours) in nats; both (n_tok, n_vocab)."""
     p, q = _log_softmax(peer), _log_softmax(logits)

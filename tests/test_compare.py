@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_close
+from compare import assert_close, assert_relative_rms
 
 ONES = np.ones((2, 3), np.float32)
 
@@ -51,3 +51,10 @@ def test_nmse_of_zeros_is_zero_or_infinite() -> None:
     assert_close(np.zeros(3), np.zeros(3), nmse=0.0)
     with pytest.raises(AssertionError, match="nmse inf"):
         assert_close(np.full(3, 1e-9), np.zeros(3), atol=1e-6, nmse=1.0)
+
+
+def test_relative_rms_is_of_the_whole() -> None:
+    expected = np.array([3.0, -4.0], np.float32)  # rms 3.54
+    assert_relative_rms(expected * 1.01, expected, 0.0101)
+    with pytest.raises(AssertionError, match=r"nmse 0\.0001, expected at most 9\.8"):
+        assert_relative_rms(expected * 1.01, expected, 0.0099)

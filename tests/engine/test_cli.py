@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import engine
-from engine import cli, console
+from engine import cli, console, memory
 from engine.errors import ModelFormatError
-from engine.k_cache import TYPES_K
+from engine.k_cache import TYPES_K, KCacheLayout
 from engine.sampler import Sampling
 from engine.stream import Stats
 
@@ -30,8 +31,13 @@ class StubEngine:
     def __init__(self, path: str | None, **options: Any) -> None:
         if path == "broken.gguf":
             raise ModelFormatError("broken.gguf: key 'a\x1b[31m' is bad")
+        if path == "old.gguf":
+            warnings.warn("old.gguf: a key is\x07 missing", stacklevel=2)
         self.path, self.options, self.closed = path, options, False
-        self.cache_bytes, self.n_ctx, self.type_k = 3 << 20, 4096, options["type_k"]
+        self.hparams = types.SimpleNamespace(n_ctx_train=4096)
+        n_ctx = options["n_ctx"] or 4096
+        self.cache = types.SimpleNamespace(layout=KCacheLayout(27, n_ctx, 512, 64, options["type_k"]))
+        self.cache_bytes, self.n_ctx, self.type_k = 3 << 20, n_ctx, options["type_k"]
         self.stats = Stats(n_prompt=5, t_prompt=0.01, n_generated=64, t_generated=0.2, finish_reason=self.reason)
         StubEngine.opened = self
 
@@ -61,7 +67,7 @@ def test_run_prints_the_text_on_stdout_and_one_line_on_stderr() -> None:
     done = konly("run", "model.gguf", "-p", "Oh. ")
     assert done.exit_code == 0
     assert done.stdout == "Oh. Hello, wörld\n"
-    assert done.stderr == "prompt 5 tokens, 500.0 t/s | generated 64 tokens, 320.0 t/s | K-cache 3.0 MiB (f16)\n"
+    assert done.stderr == "prompt 5 tokens, 500.0 t/s | generated 64 tokens, 315.0 t/s | K-cache 3.0 MiB (f16)\n"
     assert StubEngine.opened.path == "model.gguf"
     assert StubEngine.opened.prompt == "Oh. "
     assert StubEngine.opened.closed
@@ -108,7 +114,7 @@ def test_prompt_comes_from_a_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "-p", ""), "the prompt is empty"),
+        (("run", "-p", ""), "no prompt; give one by"),
         (("run", "-p", "x", "-f", "y"), "two prompts"),
         (("run", "a.gguf", "-m", "b.gguf", "-p", "x"), "two models"),
         (("run", "-f", "/nowhere/prompt.txt"), "prompt.txt: cannot be read"),
@@ -125,6 +131,13 @@ def test_wrong_usage_is_explained(arguments: tuple[str, ...], message: str) -> N
     assert done.stdout == ""
 
 
+def test_arguments_that_the_locale_could_not_decode_are_utf8() -> None:
+    konly("run", "-p", "Gr\udcc3\udcbc\udcc3\udc9fe")
+    assert StubEngine.opened.prompt == "Grüße"
+    done = konly("run", "-p", "a\udcff")
+    assert (done.exit_code, "the prompt is not UTF-8 (at byte 1)" in done.stderr) == (2, True)
+
+
 def test_prompt_which_is_no_text_is_refused() -> None:
     done = konly("run", stdin=b"abc\xff")
     assert done.exit_code == 2
@@ -138,11 +151,30 @@ def test_errors_of_the_engine_are_one_line_without_control_characters() -> None:
     assert done.stderr == "Error: broken.gguf: key 'a\\x1b[31m' is bad\n"
 
 
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line() -> None:
+    assert konly("run", "old.gguf", "-p", "x").stderr.startswith("Warning: old.gguf: a key is\\x07 missing\nprompt 5")
+
+
+def test_a_disk_that_is_full_is_one_line(stub: type[StubEngine]) -> None:
+    stub.fails = OSError(28, "No space left on device")
+    done = konly("run", "-p", "x")
+    assert (done.exit_code, done.stderr) == (1, "Error: cannot write: No space left on device\n")
+
+
+def test_contexts_beyond_training_or_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 8 << 30)
+    assert "Note" not in konly("run", "-p", "x").stderr
+    beyond, short = konly("run", "-p", "x", "-c", "400000").stderr.splitlines()[:2]
+    assert beyond == "Note: n_ctx = 400,000 is more than the 4,096 tokens that the model was trained for"
+    assert short == "Note: 400,000 tokens in the K-cache take 11.6 GiB; 8.0 GiB of memory are available"
+
+
 def test_error_while_generating_leaves_the_text_and_is_one_line(stub: type[StubEngine]) -> None:
     stub.fails = ModelFormatError("no more")
     done = konly("run", "-p", "x ")
     assert done.exit_code == 1
-    assert done.stdout.startswith("x Hello, wörld")
+    assert done.stdout == "x Hello, wörld\n"
     assert done.stderr == "Error: no more\n"
     assert StubEngine.opened.closed
 
@@ -164,7 +196,7 @@ def test_a_full_context_is_told(monkeypatch: pytest.MonkeyPatch, n_predict: str,
 
 
 def test_rates_without_tokens_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli._rate(0, 0.0) == "- t/s"
+    assert cli._rate(0, 0.0) == cli._rate(-1, 0.1) == "- t/s"
 
 
 def test_sampling_defaults_are_those_of_the_engine() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 from llama_cpp_peer import LlamaCpp, require_xllamacpp
 
-from engine import ContextFullError, Engine, EngineError
+from engine import ContextFullError, Engine, EngineError, Sampling
+from engine import stream as stream_module
 from engine.engine import default_model
 
 PROMPT = "Once upon a time,"
@@ -73,17 +75,120 @@ def test_a_closed_generator_leaves_a_usable_engine(engine: Engine) -> None:
     assert "".join(engine.generate(PROMPT, max_tokens=20, temperature=0)) == whole
 
 
-def test_wrong_arguments_raise_at_the_call(engine: Engine) -> None:
-    with pytest.raises(EngineError, match="unknown sampling fields: temprature"):
-        engine.generate(PROMPT, temprature=1)
-    with pytest.raises(EngineError, match="max_tokens is -1"):
-        engine.generate(PROMPT, max_tokens=-1)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temprature": 1}, "unknown sampling fields: temprature; known: temperature, top_k"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 2}, "top_p is 2, expected 0 to 1"),
+        ({"sampling": Sampling(), "top_k": 1}, "give either sampling or top_k"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"stop": ["a", ""]}, "stop: expected non-empty strings"),
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": None}, "prompt is of type NoneType; expected text or token ids"),
+        ({"prompt": b"abc"}, "prompt is of type bytes"),
+        ({"prompt": [1.5]}, "tokens: expected one or more integers"),
+        ({"prompt": [4096]}, "token id 4096 is not in the vocabulary of 4,096"),
+        ({"prompt": [1] * 2000}, "prompt of 2,000 tokens does not fit n_ctx=1024"),
+    ],
+)
+def test_wrong_arguments_raise_at_the_call_and_leave_the_cache(engine: Engine, arguments: dict, message: str) -> None:
+    engine.clear()
+    engine.step([5, 6, 7])
+    with pytest.raises(EngineError, match=message):
+        engine.generate(**{"prompt": PROMPT, **arguments})
+    assert engine.n_kv == 3
+
+
+def test_a_prompt_that_does_not_fit_is_a_context_error() -> None:
     with pytest.raises(ContextFullError):
         Engine(n_ctx=4).generate("a long prompt that has more than four tokens")
 
 
-def test_a_closed_engine_says_so() -> None:
+def test_a_prompt_may_be_token_ids(engine: Engine) -> None:
+    ids = engine.tokenize(PROMPT)
+    texts = ["".join(engine.generate(prompt, max_tokens=20, temperature=0)) for prompt in (PROMPT, ids, tuple(ids))]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_streamed_character_is_never_broken(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that spells emoji and accents byte by byte, each byte a token of its own."""
+    text = "🦊é世x"
+    script: Iterator[int] = iter([t for c in text for t in engine.tokenize(c, add_special=False)])
+    monkeypatch.setattr(stream_module, "Sampler", lambda *_: type("Script", (), {"sample": lambda *_: next(script)})())
+    pieces = list(engine.generate(PROMPT, max_tokens=sum(len(engine.tokenize(c, add_special=False)) for c in text)))
+    assert pieces == list(text)
+    assert engine.stats.n_generated > len(text)
+
+
+def test_kernels_are_compiled_once_and_for_prompt_and_text_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine(), []
+    prepare = engine.model.ops.prepare
+
+    def count(tapes: list, progress: object) -> int:
+        calls.append(len(tapes))
+        return prepare(tapes, progress)
+
+    monkeypatch.setattr(engine.model.ops, "prepare", count)
+    pieces = engine.generate(PROMPT * 30, max_tokens=8)
+    assert calls == [2]  # a long step and a short one, before the first piece
+    list(pieces)
+    del calls[:]
+    list(engine.generate(PROMPT * 30, max_tokens=8))
+    assert sum(calls) <= 1  # the long step depends on n_past, and is recorded anew; its kernels are loaded
+
+
+def test_two_texts_in_one_stream_at_once_are_an_error(engine: Engine) -> None:
+    one = engine.generate(PROMPT, max_tokens=20)
+    next(one)
+    two = engine.generate(PROMPT, max_tokens=20)
+    with pytest.raises(EngineError, match="something else used this stream"):
+        next(one)
+    assert "".join(two)
+
+
+def test_a_step_between_pieces_is_an_error(engine: Engine) -> None:
+    pieces = engine.generate(PROMPT, max_tokens=20)
+    next(pieces)
+    engine.step([5])
+    with pytest.raises(EngineError, match="something else used this stream"):
+        list(pieces)
+
+
+def test_cancel_between_pieces_ends_the_text(engine: Engine) -> None:
+    whole = "".join(engine.generate(PROMPT, max_tokens=20, temperature=0))
+    pieces = engine.generate(PROMPT, max_tokens=20, temperature=0)
+    begin = next(pieces)
+    engine.cancel()
+    assert whole.startswith(begin + "".join(pieces))
+    assert engine.stats.finish_reason == "cancelled" and engine.stats.n_generated == 1
+    assert "".join(engine.generate(PROMPT, max_tokens=20, temperature=0)) == whole
+
+
+def test_a_broken_kernel_is_an_engine_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = engine.generate(PROMPT, max_tokens=20)
+    next(pieces)
+    monkeypatch.setattr(engine, "_step", lambda *_, **__: float("nan") * engine._recordings[1, 1][2][0])
+    with pytest.raises(EngineError, match="the greatest logit is NaN"):
+        list(pieces)
+
+
+def test_stats_count_tokens_and_the_time_of_the_engine_alone(engine: Engine) -> None:
+    for _ in engine.generate(PROMPT, max_tokens=5, temperature=0):
+        pass
+    stats = engine.stats
+    assert (stats.n_prompt, stats.n_generated, engine.n_kv) == (len(engine.tokenize(PROMPT)), 5, stats.n_prompt + 4)
+    assert 0 < stats.t_prompt < 5 and 0 < stats.t_generated < 5
+
+
+def test_a_closed_engine_says_so_and_its_streams_go_on() -> None:
     closed = Engine()
+    other = closed.stream()
+    closed.close()
     closed.close()
     with pytest.raises(EngineError, match="closed"):
         closed.step([1])
+    with pytest.raises(EngineError, match="closed"):
+        closed.generate(PROMPT)
+    assert "".join(other.generate(PROMPT, max_tokens=5))

@@ -6,15 +6,13 @@ models, from f16 queries and probabilities; the toys, 3 layers deep, were found 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
-from llama_cpp_peer import LlamaCpp, mean_kl, require_xllamacpp, top1_agreement
+from compare import assert_relative_rms
+from llama_cpp_peer import LlamaCpp, mean_kl, peer_logits, top1_agreement
 from synthetic import QUANTS, write_model
 from variants import VARIANTS
 
@@ -23,20 +21,7 @@ from engine.gguf_file import read
 from engine.hparams import HParams
 
 TOKENS = np.random.default_rng(7).integers(2, 258, 72)  # 64 and more go through llama.cpp's f32 attention
-
-
-@pytest.fixture(autouse=True)
-def _peer_at_hand() -> None:
-    require_xllamacpp()
-
-
-@pytest.fixture
-def model_file(tmp_path: Path) -> Iterator[Path]:
-    """Where a model may be written; removed at once, for pytest would keep 150 MB of each for three runs."""
-    path = tmp_path / "model.gguf"
-    yield path
-    with contextlib.suppress(PermissionError):  # Windows, while it is mapped
-        path.unlink(missing_ok=True)
+pytestmark = pytest.mark.usefixtures("llama_cpp")
 
 
 @pytest.mark.parametrize("form", ["modern", "legacy", "2d"])
@@ -47,27 +32,27 @@ def test_logits_equal_llama_cpp(model_file: Path, kind: str, quant: str, toleran
     ours = our_logits(model_file)
     if form == "2d":  # which llama.cpp does not load; the same seed is the same model
         write_model(model_file, kind, quant=quant, form="legacy")
-    assert_relative_rms(ours, peer_logits(model_file), tolerance)
+    assert_relative_rms(ours, peer_logits(model_file, TOKENS), tolerance)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_equals_llama_cpp(model_file: Path, options: dict[str, object]) -> None:
     write_model(model_file, **{"q_lora_rank": 64, **options})
-    assert_relative_rms(our_logits(model_file), peer_logits(model_file), 1e-3)
+    assert_relative_rms(our_logits(model_file), peer_logits(model_file, TOKENS), 1e-3)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_every_weight_type_is_read_as_llama_cpp_reads_it(model_file: Path, quant: str) -> None:
     """llama.cpp rounds activations to 8 bits for quantised weights: 1.3e-2 to 2.1e-2, doubled."""
     write_model(model_file, quant=quant, q_lora_rank=64)
-    assert_relative_rms(our_logits(model_file), peer_logits(model_file), 4e-2)
+    assert_relative_rms(our_logits(model_file), peer_logits(model_file, TOKENS), 4e-2)
 
 
 @pytest.mark.parametrize("form", ["modern", "legacy"])
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
 def test_a_deep_quantised_model_agrees_in_distribution(model_file: Path, quant: str, form: str) -> None:
     write_model(model_file, "tiny-dense", quant=quant, form=form)
-    ours, peer = our_logits(model_file), peer_logits(model_file)
+    ours, peer = our_logits(model_file), peer_logits(model_file, TOKENS)
     assert mean_kl(ours, peer) < 1e-2
     assert top1_agreement(ours, peer) > 0.97
 
@@ -112,7 +97,7 @@ def test_neox_rotation_is_found_out(model_file: Path, monkeypatch: pytest.Monkey
     write_model(model_file, "nano-mla")
     monkeypatch.setattr(reference, "rope", partial(reference.rope, style="neox"))
     with pytest.raises(AssertionError, match="nmse"):
-        assert_relative_rms(our_logits(model_file), peer_logits(model_file), 0.1)
+        assert_relative_rms(our_logits(model_file), peer_logits(model_file, TOKENS), 0.1)
 
 
 def our_logits(path: Path, record: reference.Record | None = None) -> np.ndarray:
@@ -120,12 +105,3 @@ def our_logits(path: Path, record: reference.Record | None = None) -> np.ndarray
     return reference.forward(
         HParams.from_gguf(file), file.tensors, TOKENS, round_row=reference.round_f16, record=record
     )
-
-
-def peer_logits(path: Path) -> np.ndarray:
-    with LlamaCpp(path, type_k="f16") as peer:
-        return peer.eval(TOKENS, 0)
-
-
-def assert_relative_rms(ours: np.ndarray, peer: np.ndarray, tolerance: float) -> None:
-    assert_close(ours, peer, atol=np.inf, nmse=tolerance**2, dtype=np.float64)
