@@ -34,6 +34,7 @@ import struct
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -78,10 +79,12 @@ class Code:
                     self._address = _link(*(_read(self.name) or self._compile()))
         return self._address
 
-    @property
-    def cached(self) -> bool:
-        """Whether the address can be had without compiling."""
-        return self.loaded or _path(self.name).exists()
+    def load_cached(self) -> bool:
+        """Load it from the disk cache, if that has it whole."""
+        with _lock:
+            if not self._address and (found := _read(self.name)):
+                self._address = _link(*found)
+        return self.loaded
 
     def _compile(self) -> tuple[str, bytes]:
         symbol, code = _compile(self._build())
@@ -110,15 +113,11 @@ def kernel(factory: Callable[..., Callable[..., None]]) -> Callable[..., Code]:
 
 
 def load(codes: Iterable[Code], progress: Callable[[int, int, str], None] | None = None) -> int:
-    """Load every code, the cached ones first; returns how many had to be compiled.
+    """Load every code, what the disk cache has first; returns how many had to be compiled.
 
     progress(done, total, name) is called before each compilation and once at the end, with total = those to compile.
     """
-    missing = [c for c in dict.fromkeys(codes) if not c.loaded]
-    to_compile = [c for c in missing if not c.cached]
-    for c in missing:
-        if c.cached:
-            _ = c.address
+    to_compile = [c for c in dict.fromkeys(codes) if not c.loaded and not c.load_cached()]
     for i, c in enumerate(to_compile):
         if progress:
             progress(i, len(to_compile), c.name)
@@ -188,26 +187,29 @@ def cache_key() -> str:
 
 @functools.cache
 def cache_dir() -> Path:
-    """Folder of this key's object files; it may not exist."""
-    if "KONLY_CACHE_DIR" in os.environ:
-        base = Path(os.environ["KONLY_CACHE_DIR"])
+    """Folder of this key's object files; it may not exist. OSError for a user without a home and without another."""
+    if folder := os.environ.get("KONLY_CACHE_DIR"):
+        base = Path(folder)
     elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "konly"
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData/Local") / "konly"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches/konly"
+        base = _home() / "Library/Caches/konly"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "konly"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "konly"
     return base / cache_key()
 
 
-def _path(name: str) -> Path:
-    return cache_dir() / f"{name}.o"
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # a container that runs under a number without a name
+        raise OSError(str(error)) from None
 
 
 def _read(name: str) -> tuple[str, bytes] | None:
     """(symbol, object file), or None if the cache has none or a damaged one."""
     try:
-        data = _path(name).read_bytes()
+        data = (cache_dir() / f"{name}.o").read_bytes()
     except OSError:
         return None
     head = len(MAGIC) + 32
@@ -219,17 +221,27 @@ def _read(name: str) -> tuple[str, bytes] | None:
 
 def _write(name: str, symbol: str, code: bytes) -> None:
     payload = struct.pack("<I", len(symbol)) + symbol.encode() + code
-    path = _path(name)
     temporary = None
     try:
+        path = cache_dir() / f"{name}.o"
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
         with os.fdopen(descriptor, "wb") as file:
             file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
         os.replace(temporary, path)
-    except OSError:  # read-only home, full disk: this process has the code, the next one compiles again
+    except OSError as error:  # read-only home, full disk: this process has the code, the next one compiles again
+        _warn_once(f"{error}")
         if temporary is not None:
             try:
                 os.unlink(temporary)
             except OSError:
                 pass
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"compiled kernels cannot be kept, so the next start compiles them again ({reason});"
+        " KONLY_CACHE_DIR may name another folder",
+        stacklevel=2,
+    )

@@ -11,7 +11,7 @@ from . import models
 from .errors import EngineError
 from .gguf_file import read
 from .hparams import HParams
-from .stream import Model, Progress, Stream
+from .stream import MIN_MHA_TOKENS, Model, Progress, Stream
 from .tokenizer import Tokenizer
 
 DEFAULT_MODEL = "tiny-mla-tales-Q8_0.gguf"
@@ -27,6 +27,7 @@ class Engine(Stream):
     type_k     'f16' | 'bf16' | 'q8': how the cache keeps its rows
     n_threads  None: one for each physical core
     n_ubatch   tokens of a prompt that are computed together
+    min_mha_tokens   steps of so many tokens expand K and V from the cache (MHA mode), shorter ones absorb (MQA mode)
     backend    'cpu' | 'gpu' | 'auto'
     progress   called as progress(done, total, name) while kernels are compiled: at first use on this machine
 
@@ -40,18 +41,21 @@ class Engine(Stream):
         type_k: str = "f16",
         n_threads: int | None = None,
         n_ubatch: int = 512,
+        min_mha_tokens: int = MIN_MHA_TOKENS,
         backend: str = "cpu",
         progress: Progress | None = None,
     ):
         n_ctx = None if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
         n_threads = None if n_threads is None else _count("n_threads", n_threads)
         n_ubatch = _count("n_ubatch", n_ubatch)
+        min_mha_tokens = _count("min_mha_tokens", min_mha_tokens)
         ops = backends.ops(backend)
         self.path = os.fsdecode(path if path is not None else default_model())
         file = read(self.path)
         hparams = HParams.from_gguf(file)
         weights = models.build(hparams, file, ops)
-        model = Model(weights, hparams, Tokenizer.from_gguf(file), ops, n_threads, n_ubatch, progress)
+        tokenizer = Tokenizer.from_gguf(file)
+        model = Model(weights, hparams, tokenizer, ops, n_threads, n_ubatch, min_mha_tokens, progress)
         super().__init__(model, n_ctx or min(hparams.n_ctx_train, DEFAULT_N_CTX), type_k)
 
     def stream(self, n_ctx: int | None = None, type_k: str | None = None) -> Stream:

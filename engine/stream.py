@@ -44,6 +44,7 @@ class Model:
     ops: ModuleType
     n_threads: int | None
     n_ubatch: int
+    min_mha_tokens: int
     progress: Progress | None
 
 
@@ -73,6 +74,7 @@ class Stream:
         self._run = model.ops.Run(model.n_threads)
         self._buffers = Buffers(self.n_ubatch)
         self._inv_freq = hp.inv_freq
+        self._n_text = min(hp.n_vocab, model.tokenizer.n_vocab)  # some files have more logits than tokens
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._compiled: set[int] = set()
         self._busy = threading.Lock()
@@ -179,7 +181,7 @@ class Stream:
 
     def _record(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
         hp, ops = self.hparams, self.model.ops
-        mha = n_tok >= MIN_MHA_TOKENS
+        mha = n_tok >= self.model.min_mha_tokens
         step = Step(ops, self._run, self._buffers, n_tok, n_past, mha, self.type_k, hp.n_rot, hp.n_embd)
         logits = np.empty((n_logits, hp.n_vocab), np.float32) if n_logits else None
         self._run.take()  # what Ctrl-C may have left of an earlier one
@@ -265,7 +267,7 @@ class Stream:
             self._run.cancel[0] = 0
             self._compile(len(ids))
             self.stats = Stats(n_prompt=len(ids))
-        return self._pieces(ids, max_tokens, stops, Sampler(sampling, self.hparams.n_vocab), self.stats)
+        return self._pieces(ids, max_tokens, stops, Sampler(sampling, self._n_text), self.stats)
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
@@ -287,7 +289,7 @@ class Stream:
                 start = time.perf_counter()
                 if stats.n_generated:
                     logits = self._continue(history[-1:], len(history) - 1, stats)
-                token = sampler.sample(logits, history)
+                token = sampler.sample(logits[: self._n_text], history)
                 stats.n_generated += 1
                 stats.t_generated += time.perf_counter() - start
                 if token in self.tokenizer.eog_ids:

@@ -14,10 +14,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # last, for it holds a test.py
+import make_synthetic
 from make_synthetic import KINDS, QUANTS, TYPES, Shape, list_tensors, pick_type, write
 from quantise import quantise
 
-__all__ = ["KINDS", "QUANTS", "TOY", "TYPES", "Shape", "list_tensors", "pick_type", "quantise", "write_model"]
+__all__ = [
+    "KINDS",
+    "QUANTS",
+    "TOY",
+    "TYPES",
+    "Shape",
+    "list_tensors",
+    "make_synthetic",
+    "pick_type",
+    "quantise",
+    "write_model",
+]
 
 # two or three layers of every kind of block; odd where nothing forbids it; rows of 64, 96, 128 and 256 values
 TOY = Shape(

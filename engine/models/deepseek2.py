@@ -31,6 +31,11 @@ class DeepSeek2:
 
     def __init__(self, hparams: HParams, file: GGUFFile, ops: ModuleType):
         self.hparams = hp = hparams
+        for name in ("n_rot", "n_embd_head_nope", "n_embd_head_v", "kv_lora_rank"):
+            if getattr(hp, name) % _Tensors.ROW_MULTIPLE:
+                raise UnsupportedModelError(
+                    f"{file.path}: {name} is {getattr(hp, name)}; konly runs multiples of {_Tensors.ROW_MULTIPLE}"
+                )
         take = _Tensors(file)
         self.token_embd = take.matrix("token_embd.weight", hp.n_vocab, hp.n_embd)
         self.output_norm = take.vector("output_norm.weight", hp.n_embd)

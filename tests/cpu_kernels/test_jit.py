@@ -18,15 +18,16 @@ print(compiled, 'numba' in sys.modules)
 """
 
 
-def run(cache: Path) -> tuple[int, bool]:
-    """(kernels compiled, whether Numba was imported) in a process of its own."""
+def run(cache: Path | str, code: str = CODE, warning: str = "") -> tuple[int, bool]:
+    """(kernels compiled, whether Numba was imported) in a process of its own; warning: found on stderr, once."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", code],
         env=os.environ | {"KONLY_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(warning) == 1 if warning else not done.stderr
     compiled, numba = done.stdout.split()
     return int(compiled), numba == "True"
 
@@ -57,7 +58,17 @@ def test_no_temporary_file_is_left_behind(filled: Path) -> None:
     assert {p.suffix for p in filled.rglob("*") if p.is_file()} == {".o"}
 
 
-def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_only_time_and_a_warning(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    assert run(blocked / "cache") == (4, True)
+    assert run(blocked / "cache", warning="compiled kernels cannot be kept") == (4, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="looks for its folder elsewhere")
+def test_a_user_without_a_home_can_work() -> None:
+    nameless = """
+import os, pathlib
+os.environ.pop("XDG_CACHE_HOME", None)
+pathlib.Path.home = lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+"""
+    assert run("", nameless + CODE, warning="Could not determine home directory") == (4, True)

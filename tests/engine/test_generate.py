@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from llama_cpp_peer import LlamaCpp, require_xllamacpp
+from synthetic import make_synthetic, write_model
 
 from engine import ContextFullError, Engine, EngineError, Sampling
 from engine import stream as stream_module
@@ -192,3 +194,15 @@ def test_a_closed_engine_says_so_and_its_streams_go_on() -> None:
     with pytest.raises(EngineError, match="closed"):
         closed.generate(PROMPT)
     assert "".join(other.generate(PROMPT, max_tokens=5))
+
+
+def test_a_model_with_more_logits_than_tokens_never_says_one_that_has_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens = make_synthetic.add_tokenizer
+    monkeypatch.setattr(make_synthetic, "add_tokenizer", lambda w, n_vocab, source: write_tokens(w, 259, source))
+    engine = Engine(write_model(tmp_path / "padded.gguf", n_layer=1, n_expert=0, q_lora_rank=64))
+    assert (engine.hparams.n_vocab, engine.tokenizer.n_vocab) == (300, 259)
+    for _ in engine.generate([2, 3], max_tokens=100, temperature=9.0, top_k=0, min_p=0.0, top_p=1.0, seed=4):
+        pass
+    assert engine.stats.n_generated > 10
