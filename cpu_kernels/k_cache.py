@@ -116,6 +116,25 @@ def store_row(type_k, neox):
     return body
 
 
+def widening(type_k: str) -> Any:
+    """A device function (row, out, C, R): a cache row -> C + R f32. For kernel factories."""
+    from .simd import bc, device, ld_bf16, ld_f16, ld_scalar, ld_u8_16, st
+
+    @device
+    def widen(row, out, C, R):
+        if type_k == "q8":
+            scale = bc(ld_scalar(row + C + 2 * R))
+            for i in range(0, C, 16):
+                st(out + 4 * i, (ld_u8_16(row + i) - bc(128.0)) * scale)
+            for i in range(0, R, 16):
+                st(out + 4 * (C + i), ld_bf16(row + C + 2 * i))
+        else:
+            for i in range(0, C + R, 16):
+                st(out + 4 * i, ld_f16(row + 2 * i) if type_k == "f16" else ld_bf16(row + 2 * i))
+
+    return widen
+
+
 @kernel
 def rotate_head(inverse):
     """One token's head a tile."""

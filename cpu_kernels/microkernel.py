@@ -34,6 +34,7 @@ from .simd import (
     llvm_vector,
     load,
     offset,
+    round_bf16,
     shuffle,
     splat,
     store,
@@ -219,7 +220,7 @@ def store_regs_bf16(_context, acc, p, stride):
         rows = _rows(b, args[1], args[2], acc.M)
         for m in range(acc.M):
             for n in range(acc.N):
-                value = b.fptrunc(b.extract_value(args[0], m * acc.N + n), V(BF16, W))
+                value = round_bf16(b, b.extract_value(args[0], m * acc.N + n))
                 store(b, value, offset(b, rows[m], 32 * n), 4)
 
     return types.void(acc, A, A), emit

@@ -32,10 +32,10 @@ import numpy as np
 
 from . import quants
 from ._jit import f32, kernel
-from .attention import LOG2_E, NO_SCORE, widening
+from .attention import LOG2_E, NO_SCORE
 from .check import array, rows_f32
 from .isa import ISA
-from .k_cache import _check, hadamard
+from .k_cache import _check, hadamard, widening
 
 ROWS = 96  # of a tile: scores of 64 queries are 24 KiB
 KV_TILES = 8  # of a block

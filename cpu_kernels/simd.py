@@ -134,9 +134,21 @@ def fma_(b, x, y, z):
     return call(b, f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
 
 
+def round_bf16(b, v):
+    """<n x f32> -> <n x bfloat>, round to nearest even: vcvtneps2bf16, or what LLVM would call a library for."""
+    n = v.type.count
+    if ISA.bf16:
+        return b.fptrunc(v, V(BF16, n))
+    bits = b.bitcast(v, V(I32, n))
+    high = b.lshr(bits, const_i(16, n))
+    rounded = b.lshr(b.add(b.add(bits, const_i(0x7FFF, n)), b.and_(high, const_i(1, n))), const_i(16, n))
+    bits = b.select(b.fcmp_unordered("uno", v, v), b.or_(high, const_i(0x40, n)), rounded)
+    return b.bitcast(b.trunc(bits, V(I16, n)), V(BF16, n))
+
+
 def to_bf16(b, lo, hi):
-    """Two <16 x f32> -> <32 x bfloat>, round to nearest even (vcvtneps2bf16 where the CPU has it)."""
-    return b.fptrunc(concat(b, lo, hi), V(BF16, 2 * W))
+    """Two <16 x f32> -> <32 x bfloat>, round to nearest even"""
+    return round_bf16(b, concat(b, lo, hi))
 
 
 def instruction(result, *arguments):
@@ -213,7 +225,7 @@ def st_f16(b, a, v):
 @instruction(types.void, A, F)
 def st_bf16(b, a, v):
     """F -> 16 bf16, round to nearest even"""
-    store(b, b.fptrunc(v, V(BF16, W)), a)
+    store(b, round_bf16(b, v), a)
 
 
 @instruction(types.void, A, I)
@@ -265,7 +277,7 @@ def st_scalar_f16(b, a, v):
 
 @instruction(types.void, A, types.float32)
 def st_scalar_bf16(b, a, v):
-    store(b, b.fptrunc(v, BF16), a)
+    store(b, b.extract_element(round_bf16(b, splat(b, v, 1)), ir.Constant(I32, 0)), a)
 
 
 @instruction(types.void, A)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 
+from cpu_kernels import attention
 from cpu_kernels.attention import mla_decode
 from cpu_kernels.k_cache import k_store, rotate_query, unrotate_output
 from cpu_kernels.threads import Run
@@ -72,6 +73,50 @@ def test_decode_is_the_reference_s_and_reads_no_row_beyond_n_kv(type_k: str, n_k
 @pytest.mark.parametrize("type_k", TYPES)
 def test_every_shape(type_k: str, rank: int, n_rot: int, n_head: int) -> None:
     Case(type_k, rank, n_rot, n_head, 1, 120, 101).check([101])
+
+
+@pytest.mark.parametrize("n_kv", [1, 95, 193])
+@pytest.mark.parametrize("rank, n_rot, n_head", [(96, 16, 3), (96, 32, 17), (288, 32, 20), (320, 64, 1)])
+@pytest.mark.parametrize("type_k", TYPES)
+def test_ranks_that_are_no_multiple_of_128(type_k: str, rank: int, n_rot: int, n_head: int, n_kv: int) -> None:
+    """64 dimensions of int8 and 32 of bf16 are computed together, 4 and 2 rows are zipped."""
+    Case(type_k, rank, n_rot, n_head, 1, n_kv + 3, n_kv).check([n_kv])
+
+
+@pytest.mark.parametrize("type_k", TYPES)
+def test_splits_of_several_tiles(type_k: str) -> None:
+    Case(type_k, 64, 32, 4, 1, 3000, 2777).check([2777])
+
+
+def test_splits_are_many_when_short_and_few_when_long() -> None:
+    before = [attention.rows_before(split) for split in range(200)]
+    lengths = np.diff(before)
+    assert before[0] == 0 and (lengths % attention.ROWS == 0).all() and (np.diff(lengths) >= 0).all()
+    for n_kv, fewest, most in ((500, 4, 6), (16_384, 32, 40), (163_840, 32, 120)):
+        n = int(np.searchsorted(before, n_kv))
+        assert fewest <= n <= most and lengths[:n].max() <= max(n_kv / 15, 2 * attention.ROWS)
+
+
+@pytest.mark.parametrize("type_k", ["bf16", "q8"])
+def test_a_cpu_without_the_dot_product_of_a_type_widens_its_rows(type_k: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "products", lambda type_k: "f32")
+    Case(type_k, 96, 32, 5, 3, 300, 199).check([97, 199, 1])
+
+
+@pytest.mark.parametrize("type_k", TYPES)
+def test_a_row_that_takes_all_attention_is_returned(type_k: str) -> None:
+    case = Case(type_k, 128, 32, 5, 1, 300, 200)
+    case.q[0] = 5 * case.exact[37:42]
+    case.check([200])
+    assert_close(case.decode([200])[0], case.exact[37:42, :128], rtol=np.inf, nmse=NMSE[type_k])
+
+
+@pytest.mark.parametrize("type_k", TYPES)
+@pytest.mark.parametrize("part", ["latent", "rope", "both"])
+def test_queries_of_zeros_weigh_by_what_is_left(type_k: str, part: str) -> None:
+    case = Case(type_k, 128, 32, 5, 1, 300, 200)
+    case.q[..., {"latent": slice(128), "rope": slice(128, None), "both": slice(None)}[part]] = 0
+    case.check([200])
 
 
 @pytest.mark.parametrize("type_k", TYPES)

@@ -1,0 +1,86 @@
+"""This machine's limits, measured: products per second of the microkernel out of the first cache, and DRAM read.
+
+    multiply   1 product (f32), 2 (bf16) or 4 (int8) a lane and dot; ISA.n_acc accumulators, operands in the first cache
+    read       sums of lines of a buffer that no cache holds
+
+What a kernel reaches is reported as a share of these, measured in the same run: the clock and the other tenants of a
+machine change within seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from ._jit import kernel
+from .isa import ISA
+
+PRODUCTS = {"f32": 1, "bf16": 2, "int8": 4}  # of a lane in a dot
+STEPS = 20_000  # of a tile of multiply
+TILES = 32  # for each thread: 8 ms, in which the system has spread them over the cores
+READ_BYTES = 256 << 20
+READ_TILE = 1 << 20
+
+
+def peak(run: Any, kind: str) -> float:
+    """Multiplications per second (each with its addition) on the threads of a run; kind of PRODUCTS."""
+    n_tiles = TILES * run.n_threads
+    dots = n_tiles * STEPS * 2 * ISA.n_acc
+    return dots * 16 * PRODUCTS[kind] / _seconds(run, multiply(kind=kind), n_tiles, ())
+
+
+def dram_read(run: Any) -> float:
+    """Bytes per second."""
+    data = np.ones(READ_BYTES, np.uint8)
+    return READ_BYTES / _seconds(run, read(), READ_BYTES // READ_TILE, (data,))
+
+
+def _seconds(run: Any, code: Any, n_tiles: int, args: tuple[Any, ...]) -> float:
+    run.launch(code, n_tiles, args)
+    tape = run.take()
+    times = []
+    for _ in range(6):  # the first one compiles, and wakes the threads
+        start = time.perf_counter()
+        run.replay(tape)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+@kernel
+def multiply(kind):
+    """STEPS steps of two dots per accumulator."""
+    from .microkernel import rank1_bf16, rank1_f32, rank1_ws8, store_regs, zeros_f, zeros_i
+
+    rank1 = {"f32": rank1_f32, "bf16": rank1_bf16, "int8": rank1_ws8}[kind]
+    zeros = zeros_i if kind == "int8" else zeros_f
+    M = ISA.n_acc
+
+    def body(tile, scratch):
+        acc = zeros(M, 1)
+        for i in range(STEPS):
+            at = scratch + i % 8 * 128  # moves, else the broadcasts are loaded once and spilled
+            acc = rank1(acc, at, at + 4096, 64)
+            acc = rank1(acc, at + 64, at + 4100, 64)
+        store_regs(acc, scratch + 8192, 64)
+
+    return body
+
+
+@kernel
+def read():
+    """READ_TILE bytes."""
+    from .simd import ldi, sti
+
+    def body(tile, scratch, data):
+        data += tile * READ_TILE
+        s0, s1, s2, s3 = ldi(data), ldi(data), ldi(data), ldi(data)
+        for i in range(0, READ_TILE, 256):
+            s0 = s0 ^ ldi(data + i)
+            s1 = s1 ^ ldi(data + i + 64)
+            s2 = s2 ^ ldi(data + i + 128)
+            s3 = s3 ^ ldi(data + i + 192)
+        sti(scratch, s0 ^ s1 ^ s2 ^ s3)
+
+    return body
