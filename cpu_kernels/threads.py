@@ -23,6 +23,7 @@ import itertools
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -33,7 +34,7 @@ from .isa import FEATURES
 
 # int64 words of the pool's state; each group that one thread writes and others read has a cache line of its own
 EPOCH, OPEN, ACTIVE, PROGRAM, ASLEEP = 0, 8, 16, 24, 32
-JOBS, N_JOBS, CANCEL, N_THREADS = PROGRAM, PROGRAM + 1, PROGRAM + 2, PROGRAM + 3
+JOBS, N_JOBS, CANCEL, N_THREADS, TIMES = PROGRAM, PROGRAM + 1, PROGRAM + 2, PROGRAM + 3, PROGRAM + 4
 # int64 words of a job
 ENTRY, ARGS, N_TILES, BARRIER, NEXT, DONE, JOB_WORDS = 0, 1, 2, 3, 8, 9, 16
 
@@ -59,6 +60,9 @@ def _execute():
         """until: tick at which to return TIME_IS_UP; 0 for a worker, which also leaves before the last barrier."""
         jobs, n_jobs = ld_i64(state + 8 * JOBS), ld_i64(state + 8 * N_JOBS)
         cancel = ld_i64(state + 8 * CANCEL)
+        times = ld_i64(state + 8 * TIMES) if until != 0 else 0
+        if times != 0 and ld_i64(times) == 0:
+            st_i64(times, ticks())
         unfinished = 0  # the first job that is not known to be finished
         for j in range(n_jobs):
             job = jobs + 8 * JOB_WORDS * j
@@ -95,6 +99,8 @@ def _execute():
                         yield_thread()
                         spins = 0
                 unfinished += 1
+            if times != 0 and ld_i64(times + 8 * (j + 1)) == 0:
+                st_i64(times + 8 * (j + 1), ticks())
         return FINISHED
 
     return execute, st_i64
@@ -270,10 +276,12 @@ class _Pool:
             loop(i, self._scratch + i * SCRATCH_BYTES)
             self._wake[i].acquire()
 
-    def execute(self, tape: Tape, n_threads: int, cancel: np.ndarray) -> None:
+    def execute(self, tape: Tape, n_threads: int, cancel: np.ndarray, times: np.ndarray | None = None) -> None:
+        """times: (n_jobs + 1,) int64 zeros, for the ticks of the start and of each barrier."""
         with self._turn:
             self._start_workers(n_threads)
             self.state[PROGRAM : PROGRAM + 4] = (tape.address, tape.n_jobs, cancel.ctypes.data, n_threads)
+            self.state[TIMES] = 0 if times is None else times.ctypes.data
             self._publish(0, 0)
             mask = int(self._out[1])
             for i in range(1, n_threads):
@@ -324,6 +332,7 @@ class Tape:
     def __init__(self, jobs: list[tuple[Code, int | np.ndarray, Sequence[object], bool]]):
         self.n_jobs = len(jobs)
         self.codes = list(dict.fromkeys(code for code, *_ in jobs))
+        self.names = [code.name for code, *_ in jobs]
         self._jobs = jobs  # keeps codes and arrays alive
         self._program: np.ndarray | None = None
 
@@ -407,6 +416,16 @@ class Run:
         """Execute a tape. Cancelled: raised at most a tile after the flag was set."""
         if tape.n_jobs:
             _pool().execute(tape, self.n_threads, self.cancel)
+
+    def profile(self, tape: Tape) -> list[tuple[str, float]]:
+        """Execute a tape; (kernel, seconds) in order. Jobs without a barrier between them count as their last."""
+        times = np.zeros(tape.n_jobs + 1, np.int64)
+        start = time.perf_counter()
+        _pool().execute(tape, self.n_threads, self.cancel, times)
+        seconds = time.perf_counter() - start
+        at = np.flatnonzero(times)
+        parts = np.diff(times[at]) * (seconds / max(1, times[at[-1]] - times[0]))
+        return [(tape.names[i - 1], float(t)) for i, t in zip(at[1:], parts)]
 
     def sync(self) -> None:
         """Execute the queue."""

@@ -199,3 +199,16 @@ def test_a_number_of_tiles_may_not_lie_where_a_later_op_writes() -> None:
     run = Run(2)
     with pytest.raises(AssertionError):
         run.launch(add_one(), run.workspace(64)[:8].view(np.int64), (np.zeros(10, np.int64),))
+
+
+def test_a_profile_tells_the_time_of_each_job() -> None:
+    run = Run(2)
+    x = np.zeros(1, np.int64)
+    for n, barrier in ((10, True), (1_000_000, True), (10, False), (10, True)):
+        run.launch(count_to(), 2, (x, n), barrier)
+    tape = run.take()
+    parts = run.profile(tape)
+    assert [name for name, _ in parts] == ["cpu_kernels.test_threads.count_to"] * 3 or len(parts) == 3
+    assert parts[1][1] > parts[0][1] and all(t >= 0 for _, t in parts)
+    run.replay(tape)  # as before
+    assert x[0] == 2 * 2 * (10 + 1_000_000 + 10 + 10)
