@@ -78,13 +78,20 @@ def _unpack(type_id: int) -> Any:
     """An intrinsic (w, codes, factors): a block of 256, or two of 32."""
     from numba import types
 
+    from .quants.emit import halves
     from .simd import A, instruction, offset, store
 
     codes_of, f = quants.block_codes(type_id), quants.FORMATS[type_id]
 
     @instruction(types.void, A, A, A)
     def unpack(b, w, codes, factors):
-        q, scales, minima = codes_of(b, (w, offset(b, w, f.nbytes)) if f.block == 32 else w)
+        if f.block == 256:
+            q, scales, minima = codes_of(b, w)
+        else:
+            blocks = (w, offset(b, w, f.nbytes))
+            q, scales, minima = [codes_of(b, blocks)], halves(b, *blocks), None
+            if f.codes.centre is None:
+                minima = b.fneg(halves(b, *[offset(b, block, 2) for block in blocks]))
         for i, v in enumerate(q):
             store(b, v, offset(b, codes, 64 * i))
         store(b, scales, factors)

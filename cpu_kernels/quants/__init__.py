@@ -11,8 +11,8 @@ Activations in int8 come in two layouts, both in natural order:
 
     q8_256  for formats with blocks of 256; a row is k / 256 records of 320 bytes
             | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused |
-    q8_32   for formats with blocks of 32; a row is padded to 64 values, the padding has values and scale 0
-            | int8 values | f32 scale of each 32 | unused up to a multiple of 64 bytes |
+    q8_32   for formats with blocks of 32; a row is padded with zeros to a multiple of 128 values
+            | int8 values | of each 128: 4 f32 scales, 4 f32 scale · sum of its 32 | unused up to 64 bytes |
 
 A row of q8_256 needs no shorter scale, since such weights share one f16 scale per 256 as well; q8_32 exists because
 rows of 1408 or 10944 values have no blocks of 256. Every format but F32, F16 and BF16 has an int8 dot.
@@ -69,9 +69,9 @@ FORMATS: dict[int, Format] = {
         Format("F16", 1, 32, 64, "f32", "floats"),
         Format("BF16", 30, 32, 64, "f32", "floats"),
         Format("Q4_0", 2, 32, 18, "q8_32", "q4", Codes(32, 8)),
-        Format("Q4_1", 3, 32, 20, "q8_32", "q4"),
+        Format("Q4_1", 3, 32, 20, "q8_32", "q4", Codes(32, None)),
         Format("Q5_0", 6, 32, 22, "q8_32", "q5", Codes(32, 16)),
-        Format("Q5_1", 7, 32, 24, "q8_32", "q5"),
+        Format("Q5_1", 7, 32, 24, "q8_32", "q5", Codes(32, None)),
         Format("Q8_0", 8, 32, 34, "q8_32", "q8", Codes(32, 128)),
         Format("Q2_K", 10, 256, 84, "q8_256", "q2_k"),
         Format("Q3_K", 11, 256, 110, "q8_256", "q3_k", Codes(16, 4)),
@@ -121,9 +121,10 @@ def block_decoder(type_id: int, kind: str = "f32") -> Any:
 
 
 def block_codes(type_id: int) -> Callable[[Any, Any], Any]:
-    """codes(b, w) -> ([<64 x i8>, …], scales, minima or None) of a block of 256, or of two of 32. Imports Numba.
+    """Of a format with blocks of 32: codes(b, (w0, w1)) -> <64 x i8>; d, and m if there is one, are f16 at 0 and 2.
 
-    scales and minima are vectors of f32, one value for each `codes.sub` values.
+    Of 256: codes(b, w) -> ([4 of <64 x i8>], scales, minima or None), f32, one for each `codes.sub` values.
+    Imports Numba.
     """
     return getattr(_family(type_id), f"codes_{FORMATS[type_id].name.lower()}")
 
@@ -139,9 +140,9 @@ def row_dot(type_id: int) -> Any:
     f = FORMATS[type_id]
     if f.activation == "f32":
         return row_dots.over_floats(decoder(type_id), f.block, f.nbytes)
-    emit = getattr(_family(type_id), f"dot_{f.name.lower()}")
-    loop = row_dots.over_blocks if f.activation == "q8_256" else row_dots.over_pairs
-    return loop(emit, f.nbytes)
+    if f.activation == "q8_32":
+        return row_dots.over_fours(block_codes(type_id), f.nbytes, f.codes.centre)
+    return row_dots.over_blocks(getattr(_family(type_id), f"dot_{f.name.lower()}"), f.nbytes)
 
 
 def _family(type_id: int) -> Any:

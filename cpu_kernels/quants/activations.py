@@ -25,8 +25,7 @@ def record_bytes(activation: str, k: int) -> int:
     if activation == "q8_256":
         return k // 256 * BLOCK_256
     assert activation == "q8_32", activation
-    pairs = (k + 63) // 64
-    return (pairs * 72 + 63) // 64 * 64
+    return ((k + 127) // 128 * 160 + 63) // 64 * 64
 
 
 def quantise_rows(run: Any, activation: str, x: np.ndarray, out: np.ndarray) -> None:
@@ -79,12 +78,16 @@ def quantise_32():
         row, first = tile // chunks, tile % chunks * CHUNK
         x += row // n_inner * outer + row % n_inner * inner
         out += row * record
-        padded = (k + 63) // 64 * 64
+        padded = (k + 127) // 128 * 128
         last = min(first + CHUNK, k)
         if last == k and k != padded:
+            sti(out + padded - 128, bci(0))
             sti(out + padded - 64, bci(0))
-            st_scalar(out + padded + k // 8, 0.0)
+            for i in range(k, padded, 32):
+                factors = out + padded + i // 128 * 32 + i % 128 // 8
+                st_scalar(factors, 0.0)
+                st_scalar(factors + 16, 0.0)
         for i in range(first, last, 32):
-            block_32(x + 4 * i, out + i, out + padded + i // 8)
+            block_32(x + 4 * i, out + i, out + padded + i // 128 * 32 + i % 128 // 8)
 
     return body

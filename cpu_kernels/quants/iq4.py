@@ -15,11 +15,8 @@ from llvmlite import ir
 from ..simd import F32, I8, I16, I32, VF, V, W, const_i, fma_, load, offset, splat
 from .activations import SCALE
 from .emit import (
-    add_scaled,
     columns,
-    dot_signed,
     half,
-    halves,
     lookup,
     magnitude,
     nibbles,
@@ -36,11 +33,6 @@ def decode_iq4_nl(b, w):
     d, q = splat(b, half(b, w)), lookup(b, TABLE, nibbles(b, offset(b, w, 2)))
     for c, lanes in columns(q):
         yield c, b.fmul(signed(b, take(b, q, lanes)), d)
-
-
-def dot_iq4_nl(b, acc, blocks, x, scales):
-    q = lookup(b, TABLE, nibbles(b, *[offset(b, w, 2) for w in blocks]))
-    return add_scaled(b, acc, dot_signed(b, q, x), blocks, scales)
 
 
 def _scales(b, w):
@@ -84,11 +76,7 @@ def dot_iq4_xs(b, acc, w, x):
 
 
 def codes_iq4_nl(b, blocks):
-    return (
-        [b.xor(lookup(b, TABLE, nibbles(b, *[offset(b, w, 2) for w in blocks])), const_i(-128, 64, I8))],
-        halves(b, *blocks),
-        None,
-    )
+    return b.xor(lookup(b, TABLE, nibbles(b, *[offset(b, w, 2) for w in blocks])), const_i(-128, 64, I8))
 
 
 def codes_iq4_xs(b, w):

@@ -9,7 +9,7 @@ Value j < 16 is the low nibble of qs[j], value 16 + j the high one.
 from __future__ import annotations
 
 from ..simd import const_f, offset, splat
-from .emit import add_shifted, add_with_minimum, columns, half, halves, nibbles, take, unsigned
+from .emit import columns, half, nibbles, take, unsigned
 
 
 def decode_q4_0(b, w):
@@ -24,15 +24,9 @@ def decode_q4_1(b, w):
         yield c, b.fadd(b.fmul(unsigned(b, take(b, q, lanes)), d), m)
 
 
-def dot_q4_0(b, acc, blocks, x, scales):
-    q = nibbles(b, *[offset(b, w, 2) for w in blocks])
-    return add_shifted(b, acc, q, 8, blocks, x, scales)
-
-
-def dot_q4_1(b, acc, blocks, x, scales):
-    q = nibbles(b, *[offset(b, w, 4) for w in blocks])
-    return add_with_minimum(b, acc, q, blocks, x, scales)
-
-
 def codes_q4_0(b, blocks):
-    return [nibbles(b, *[offset(b, w, 2) for w in blocks])], halves(b, *blocks), None
+    return nibbles(b, *[offset(b, w, 2) for w in blocks])
+
+
+def codes_q4_1(b, blocks):
+    return nibbles(b, *[offset(b, w, 4) for w in blocks])

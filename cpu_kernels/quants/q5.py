@@ -11,7 +11,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ..simd import I8, I32, I64, V, const_f, const_i, load, offset, splat
-from .emit import add_shifted, add_with_minimum, columns, half, halves, nibbles, take, unsigned
+from .emit import columns, half, nibbles, take, unsigned
 
 
 def _codes(b, blocks, qh):
@@ -20,8 +20,7 @@ def _codes(b, blocks, qh):
     n = low.type.count
     bits = [load(b, offset(b, w, qh), I32) for w in blocks]
     mask = bits[0] if n == 32 else b.or_(b.zext(bits[0], I64), b.shl(b.zext(bits[1], I64), ir.Constant(I64, 32)))
-    high = b.select(b.bitcast(mask, V(ir.IntType(1), n)), const_i(16, n, I8), const_i(0, n, I8))
-    return b.or_(low, high)
+    return b.select(b.bitcast(mask, V(ir.IntType(1), n)), b.add(low, const_i(16, n, I8)), low)
 
 
 def decode_q5_0(b, w):
@@ -36,13 +35,9 @@ def decode_q5_1(b, w):
         yield c, b.fadd(b.fmul(unsigned(b, take(b, q, lanes)), d), m)
 
 
-def dot_q5_0(b, acc, blocks, x, scales):
-    return add_shifted(b, acc, _codes(b, blocks, 2), 16, blocks, x, scales)
-
-
-def dot_q5_1(b, acc, blocks, x, scales):
-    return add_with_minimum(b, acc, _codes(b, blocks, 4), blocks, x, scales)
-
-
 def codes_q5_0(b, blocks):
-    return [_codes(b, blocks, 2)], halves(b, *blocks), None
+    return _codes(b, blocks, 2)
+
+
+def codes_q5_1(b, blocks):
+    return _codes(b, blocks, 4)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..simd import I8, VF, VI, V, W, concat, const_i, load, offset, splat
-from .emit import add_scaled, dot_signed, half, halves
+from .emit import half
 
 
 def decode_q8_0(b, w):
@@ -15,11 +15,6 @@ def decode_q8_0(b, w):
         yield c, b.fmul(b.sitofp(b.sext(load(b, offset(b, w, 2 + c), V(I8, W)), VI), VF), d)
 
 
-def dot_q8_0(b, acc, blocks, x, scales):
-    q = concat(b, *[load(b, offset(b, w, 2), V(I8, 32)) for w in blocks])
-    return add_scaled(b, acc, dot_signed(b, q, x), blocks, scales)
-
-
 def codes_q8_0(b, blocks):
     q = concat(b, *[load(b, offset(b, w, 2), V(I8, 32)) for w in blocks])
-    return [b.xor(q, const_i(-128, 64, I8))], halves(b, *blocks), None
+    return b.xor(q, const_i(-128, 64, I8))

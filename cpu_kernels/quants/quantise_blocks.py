@@ -34,9 +34,11 @@ def block_256(b, x, out):
 
 
 @instruction(types.void, A, A, A)
-def block_32(b, x, out, scale_out):
-    """32 floats -> 32 int8 and a scale"""
+def block_32(b, x, out, factors):
+    """32 floats -> 32 int8, a scale, and 16 bytes behind it scale · their sum"""
     scale, q = _quantise(b, x, 2)
     for i, v in enumerate(q):
         store(b, b.trunc(v, V(I8, W)), offset(b, out, 16 * i))
-    store(b, scale, scale_out)
+    total = call(b, "llvm.vector.reduce.add.v16i32", VI.element, [b.add(*q)])
+    store(b, scale, factors)
+    store(b, b.fmul(scale, b.sitofp(total, F32)), offset(b, factors, 16))
