@@ -6,7 +6,8 @@ all threads without the GIL; `take()` hands the queue out as a Tape, which `repl
     threads   caller + workers take tiles of a job from an atomic counter; a job is finished when its tiles are
               (not when every thread has arrived: a worker that the system has put aside holds up nobody)
     order     a job starts when all earlier ones are finished, unless the one before it was queued with barrier=False
-    idle      a worker without work spins for about a millisecond, then returns to Python and sleeps on a semaphore
+    idle      a worker without work spins for about a millisecond, then returns to Python and sleeps on a lock
+    cores     not pinned; a worker is woken on another core than the caller's
     cancel    a flag read at every tile; the caller also returns to Python every 20 ms, so that Ctrl-C is seen
     results   tiles have fixed sizes and write disjoint memory: the same bits for any number of threads
 
@@ -22,6 +23,7 @@ import functools
 import itertools
 import mmap
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -184,7 +186,7 @@ def work():
                 asleep = state + 8 * (ASLEEP + 8 * tile)
                 atomic_store(asleep, 1)
                 if atomic_load(state + 8 * EPOCH) == epoch or atomic_exchange(asleep, 0) == 0:
-                    return  # to Python's semaphore; if a publisher saw the flag first, it releases that at once
+                    return  # to Python's lock; if a publisher saw the flag first, it releases that at once
                 spins = 0
 
     return body
@@ -258,7 +260,8 @@ class _Pool:
         self._scratch = np.frombuffer(self._scratch_map, np.uint8).ctypes.data
         self._out = np.zeros(2, np.int64)
         self._turn = _Turnstile()
-        self._wake = [threading.Semaphore(0)]  # of worker i at index i; the caller is thread 0
+        self._wake = [threading.Lock()]  # of worker i at index i, held while it sleeps; the caller is thread 0
+        self._threads = [threading.main_thread()]
         out = self._out.ctypes.data
         self._drive = _native(drive(), self._address, out)
         self._publish = _native(publish(), self._address, out + 8)
@@ -266,8 +269,10 @@ class _Pool:
 
     def _start_workers(self, n_threads: int) -> None:
         for i in range(len(self._wake), n_threads):
-            self._wake.append(threading.Semaphore(0))
-            threading.Thread(target=self._worker, args=(i,), name=f"konly-{i}", daemon=True).start()
+            self._wake.append(threading.Lock())
+            self._wake[i].acquire()
+            self._threads.append(threading.Thread(target=self._worker, args=(i,), name=f"konly-{i}", daemon=True))
+            self._threads[i].start()
 
     def _worker(self, i: int) -> None:
         seen = np.array([self.state[EPOCH]], np.int64)
@@ -275,6 +280,7 @@ class _Pool:
         while True:
             loop(i, self._scratch + i * SCRATCH_BYTES)
             self._wake[i].acquire()
+            _allow_all_cores()
 
     def execute(self, tape: Tape, n_threads: int, cancel: np.ndarray, times: np.ndarray | None = None) -> None:
         """times: (n_jobs + 1,) int64 zeros, for the ticks of the start and of each barrier."""
@@ -286,6 +292,7 @@ class _Pool:
             mask = int(self._out[1])
             for i in range(1, n_threads):
                 if mask >> i & 1:
+                    _keep_off_this_core(self._threads[i], i)
                     self._wake[i].release()
             try:
                 status = TIME_IS_UP
@@ -312,15 +319,57 @@ if hasattr(os, "register_at_fork"):
 
 def physical_cores() -> int:
     """Cores this process may run on; threads of one core count once (Linux; elsewhere: logical processors)."""
+    return len(_cores()) or os.cpu_count() or 1
+
+
+@functools.cache
+def _cores() -> list[set[int]]:
+    """The logical processors of each core that this process may run on; none where the system does not tell."""
     try:
         allowed = os.sched_getaffinity(0)
-        cores = set()
+        found = set()
         for cpu in allowed:
             with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                cores.add(file.read().strip())
-        return max(1, len(cores))
+                found.add(file.read().strip())
     except (AttributeError, OSError):
-        return os.cpu_count() or 1
+        return []
+    return [cpus & allowed for cpus in map(_cpu_list, sorted(found))]
+
+
+def _cpu_list(text: str) -> set[int]:
+    """0,4-6 -> {0, 4, 5, 6}"""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return {cpu for first, *last in ends for cpu in range(first, (last or [first])[0] + 1)}
+
+
+@functools.cache
+def _getcpu() -> Callable[[], int] | None:
+    function = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
+    return function if len(_cores()) > 1 else None
+
+
+def _keep_off_this_core(thread: threading.Thread, worker: int) -> None:
+    """Let a worker that is about to be woken start on another core than the caller's; it then frees itself.
+
+    Linux often wakes a thread where its waker runs, and there it waits until the waker's time is up: a step of 1.5 ms
+    on one thread took 2.2 ms on two. Threads are not tied down, for other programs have cores to use as well.
+    """
+    if (getcpu := _getcpu()) is None:
+        return
+    cpu = getcpu()
+    others = [core for core in _cores() if cpu not in core]
+    try:
+        os.sched_setaffinity(thread.native_id or 0, others[(worker - 1) % len(others)])
+    except (OSError, ZeroDivisionError):  # the set of processors has changed
+        pass
+
+
+def _allow_all_cores() -> None:
+    if _getcpu() is not None:
+        try:
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))  # the main thread's, which a user may change
+        except OSError:
+            pass
 
 
 # -------------------------------------------------------------------------------------------------------------- run

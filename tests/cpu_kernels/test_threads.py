@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cpu_kernels._jit import kernel
-from cpu_kernels.threads import Cancelled, Run, prepare
+from cpu_kernels.threads import ASLEEP, Cancelled, Run, _cpu_list, _pool, physical_cores, prepare
 
 
 @kernel
@@ -212,3 +212,24 @@ def test_a_profile_tells_the_time_of_each_job() -> None:
     assert parts[1][1] > parts[0][1] and all(t >= 0 for _, t in parts)
     run.replay(tape)  # as before
     assert x[0] == 2 * 2 * (10 + 1_000_000 + 10 + 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sched_getaffinity")
+def test_workers_may_run_on_every_core_that_the_process_may() -> None:
+    run = Run(3)
+    x = np.zeros(1, np.int64)
+    for _ in range(3):
+        run.launch(count_to(), 6, (x, 100_000))
+        run.sync()
+        deadline = time.monotonic() + 10
+        while _pool().state[ASLEEP + 8 : ASLEEP + 24 : 8].sum() < 2 and time.monotonic() < deadline:
+            pass
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("konly-")]
+    assert {frozenset(os.sched_getaffinity(thread.native_id or 0)) for thread in workers} == {
+        frozenset(os.sched_getaffinity(0))
+    }
+
+
+def test_lists_of_processors_are_read_as_linux_writes_them() -> None:
+    assert _cpu_list("0,4-6") == {0, 4, 5, 6}
+    assert physical_cores() >= 1
