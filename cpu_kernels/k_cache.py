@@ -19,31 +19,33 @@ from .rope import rotation
 
 
 def hadamard() -> Any:
-    """A device function (x, n): n f32 at x are multiplied by H, in place. For kernel factories."""
-    from .simd import bc, device, ld, ld_scalar, st, st_scalar
+    """A device function (x, n): n f32 at x are multiplied by H, in place; n a multiple of 16. For kernel factories."""
+    from .simd import VF, F, bc, device, fma_, instruction, ir, ld, shuffle, st
+
+    @instruction(F, F)
+    def butterflies(b, v):
+        """Of lanes that are 1, 2, 4 and 8 apart."""
+        for h in (1, 2, 4, 8):
+            sign = ir.Constant(VF, [-1.0 if lane & h else 1.0 for lane in range(16)])
+            v = fma_(b, v, sign, shuffle(b, v, v, [lane ^ h for lane in range(16)]))
+        return v
 
     @device
     def transform(x, n):
         block = n & -n
-        for start in range(0, n, block):
-            p = x + 4 * start
-            h = 1
-            while h < block:
-                for i in range(0, block, 2 * h):
-                    if h < 16:
-                        for j in range(i, i + h):
-                            a, b = ld_scalar(p + 4 * j), ld_scalar(p + 4 * (j + h))
-                            st_scalar(p + 4 * j, a + b)
-                            st_scalar(p + 4 * (j + h), a - b)
-                    else:
-                        for j in range(i, i + h, 16):
-                            va, vb = ld(p + 4 * j), ld(p + 4 * (j + h))
-                            st(p + 4 * j, va + vb)
-                            st(p + 4 * (j + h), va - vb)
-                h *= 2
         factor = bc(block**-0.5)
-        for i in range(0, n, 16):
-            st(x + 4 * i, ld(x + 4 * i) * factor)
+        for i in range(0, 4 * n, 64):
+            st(x + i, butterflies(ld(x + i) * factor))
+        for start in range(0, n, block):
+            h = 16
+            while h < block:
+                for i in range(start, start + block, 2 * h):
+                    for j in range(i, i + h, 16):
+                        p, q = x + 4 * j, x + 4 * (j + h)
+                        u, v = ld(p), ld(q)
+                        st(p, u + v)
+                        st(q, u - v)
+                h *= 2
 
     return transform
 
