@@ -3,6 +3,7 @@
 The names below are the vocabulary of ops (engine/backend.py draws it), and what runs them.
 """
 
+from . import roofline as roofline
 from .attention import mla_decode as mla_decode
 from .ffn import swiglu as swiglu
 from .k_cache import k_store as k_store

@@ -97,7 +97,7 @@ def products(type_k: str) -> str:
     """The kind of product that this CPU decodes a type in."""
     if type_k == "bf16" and ISA.bf16:
         return "bf16"
-    if type_k == "q8" and (ISA.vnni512 or ISA.avxvnni):  # plain AVX2 has an int8 dot, but it saturates
+    if type_k == "q8" and ISA.int8:
         return "int8"
     return "f32"
 

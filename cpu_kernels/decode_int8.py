@@ -6,15 +6,18 @@
     scores   lanes: 16 queries, panels [C / 4][16][4] int8 and [R / 2][16][2] bf16    broadcast: 24 rows, where they lie
              s = (sum_c u8[t, c] · q8[c] - 128 · sum_c q8[c]) · scale[t] · scale_q + sum_r rope[t, r] · q_rope[r]
     values   lanes: 64 dimensions, four rows zipped, in L1                            broadcast: weights of 4 queries
-             weight = probability · scale[t], in 255 steps up to the lane's largest in these rows; outputs are f32
+             weight = probability · scale[t], in LEVELS steps up to the lane's largest in these rows; outputs are f32
 
-The sum over the query is one number a lane, so rows need not bring one. Zipping swaps within 128-bit lanes; the order
-of dimensions that this leaves is undone once, after merging.
+The sum over the query is one number a lane, so rows need not bring one. CPUs whose dot product is of signed bytes only
+(ISA.u8s8 is false) take 128 from the latent's bytes as they broadcast them, and have no such sum. Zipping swaps within
+128-bit lanes; the order of dimensions that this leaves is undone once, after merging.
 """
 
 from typing import Any
 
 from .isa import ISA
+
+LEVELS = 255 if ISA.u8s8 else 127
 
 
 def padded_row(C: int, R: int) -> int:
@@ -23,7 +26,7 @@ def padded_row(C: int, R: int) -> int:
 
 
 def panel_bytes(C: int, R: int) -> int:
-    """The two panels, then [16] f32 scales and [16] int32 sums, -128 · sum_c q8[c]"""
+    """The two panels, then [16] f32 scales and [16] int32 to start from: -128 · sum_c q8[c], or 0"""
     return 16 * padded_row(C, R) + 128
 
 
@@ -35,6 +38,8 @@ def n_out(C: int) -> int:
 def packing() -> Any:
     """A device function (x, scale, row, of_lane, C, R): a query, scaled; scale and sum to of_lane and 64 after it."""
     from .simd import bc, bci, device, hmax, hsumi, ld, st_bf16, st_i8, st_i32, st_scalar, to_i, vabs, vmax
+
+    start = -128 if ISA.u8s8 else 0
 
     @device
     def pack(x, scale, row, of_lane, C, R):
@@ -48,7 +53,7 @@ def packing() -> Any:
             total = total + v
             st_i8(row + i, v)
         st_scalar(of_lane, step * scale)
-        st_i32(of_lane + 64, -128 * hsumi(total))
+        st_i32(of_lane + 64, start * hsumi(total))
         for i in range(0, R, 16):
             st_bf16(row + C + 2 * i, ld(x + 4 * (C + i)) * bc(scale))
 
@@ -57,10 +62,21 @@ def packing() -> Any:
 
 def scores() -> Any:
     """A device function: scores [n][16] f32 of a group; the next rows are prefetched, at last those at `ahead`."""
-    from .microkernel import fold_regs, load_regs, mul_regs, rank1_bf16, rank1_ws8, store_regs, zeros_f, zeros_i
+    from .microkernel import (
+        fold_regs,
+        load_regs,
+        mul_regs,
+        rank1_bf16,
+        rank1_s8,
+        rank1_ws8,
+        store_regs,
+        zeros_f,
+        zeros_i,
+    )
     from .simd import device, prefetch
 
     M, row_bytes = ISA.n_acc, device(padded_row)
+    rank1_bytes = rank1_ws8 if ISA.u8s8 else rank1_s8
 
     @device
     def add_scores(panel, rows, stride, n, ahead, ahead_stride, scores, C, R):
@@ -74,8 +90,8 @@ def scores() -> Any:
                 for i in range(3):
                     prefetch(line + 64 * i)
                 line += step
-                ints = rank1_ws8(ints, w, x, stride)
-                ints = rank1_ws8(ints, w + 64, x + 4, stride)
+                ints = rank1_bytes(ints, w, x, stride)
+                ints = rank1_bytes(ints, w + 64, x + 4, stride)
                 w += 128
                 x += 8
             acc = mul_regs(fold_regs(zeros_f(M, 1), ints, x + 2 * R, stride), of_lanes)
@@ -103,8 +119,8 @@ def weights() -> Any:
             v = ld(p + 64 * t) * bc_ld(rows + t * stride + C + 2 * R)
             top = vmax(top, v)
             st(p + 64 * t, v)
-        st(unit, top * bc(1.0 / 255.0))
-        factor = bc(255.0) / top
+        st(unit, top * bc(1.0 / LEVELS))
+        factor = bc(float(LEVELS)) / top
         for t in range(0, n, 4):
             v = p + 64 * t
             low = to_i(ld(v) * factor) | shl(to_i(ld(v + 64) * factor), 8)

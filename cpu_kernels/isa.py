@@ -34,6 +34,8 @@ class Isa:
     vnni512: bool  # vpdpbusd and vpdpwssd on 512 bits
     avxvnni: bool  # vpdpbusd on 256 bits
     bf16: bool  # vdpbf16ps on 512 bits
+    dotprod: bool  # sdot of bytes on 128 bits (AArch64)
+    i8mm: bool  # usdot of bytes on 128 bits (AArch64)
     f16: bool  # f16 <-> f32 conversion in hardware; without it LLVM calls a library function that may be missing
 
     @property
@@ -42,12 +44,22 @@ class Isa:
         return 24 if self.avx512 else 6
 
     @property
+    def u8s8(self) -> bool:
+        """Dot products of four bytes, 0..255 times signed ones."""
+        return self.vnni512 or self.avxvnni or self.i8mm
+
+    @property
+    def int8(self) -> bool:
+        """Dot products of four bytes, signed or 0..255. Plain AVX2 has them for 0..127 only, else pairs saturate."""
+        return self.u8s8 or self.dotprod
+
+    @property
     def panel(self) -> str:
         """What quantised weights are decoded to for many rows: 'bf16' where the CPU multiplies it, else 'f32'."""
         return "bf16" if self.bf16 else "f32"
 
 
-def _isa(features: frozenset[str]) -> Isa:
+def _isa(name: str, features: frozenset[str]) -> Isa:
     avx512 = "avx512bw" in features and "avx512vl" in features
     return Isa(
         x86="sse2" in features,
@@ -56,8 +68,10 @@ def _isa(features: frozenset[str]) -> Isa:
         vnni512=avx512 and "avx512vnni" in features,
         avxvnni="avxvnni" in features,
         bf16=avx512 and "avx512bf16" in features,
+        dotprod="dotprod" in features or name.startswith("apple-m"),  # macOS may list no features
+        i8mm="i8mm" in features,
         f16="f16c" in features or "sse2" not in features,
     )
 
 
-ISA = _isa(FEATURES)
+ISA = _isa(CPU_NAME, FEATURES)

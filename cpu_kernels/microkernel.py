@@ -28,6 +28,7 @@ from .simd import (
     Vector,
     W,
     call,
+    concat,
     const_i,
     fma_,
     instruction,
@@ -67,7 +68,12 @@ def _low(b, x):
 
 
 def dot(b, mode, acc, x, y):
-    """mode 'f32', 'bf16' or 'u8s8' (x unsigned, y signed; x <= 127 on AVX2 without VNNI: pairs saturate)."""
+    """mode 'f32', 'bf16', or of bytes, where y is signed:
+
+    u8s8    x is unsigned; at most 127 unless ISA.u8s8
+    s8s8    x is signed; ISA.dotprod only
+    pairs   as u8s8, but acc is 32 i16, sums of pairs, which must not overflow
+    """
     if mode == "f32":
         return fma_(b, b.bitcast(x, VF), b.bitcast(y, VF), acc)
     if mode == "bf16":
@@ -75,31 +81,54 @@ def dot(b, mode, acc, x, y):
             ty = V(BF16, 32)
             return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF, [acc, b.bitcast(x, ty), b.bitcast(y, ty)])
         return fma_(b, _high(b, x), _high(b, y), fma_(b, _low(b, x), _low(b, y), acc))
+    x, y = b.bitcast(x, V(I8, 64)), b.bitcast(y, V(I8, 64))
+    if mode == "pairs":
+        return b.bitcast(b.add(b.bitcast(acc, V(I16, 32)), pair_sums(b, x, y)), VI)
+    if mode == "s8s8" or (ISA.dotprod and not ISA.i8mm):
+        return _dot_parts(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, x, y, 4)
     assert mode == "u8s8"
     if ISA.vnni512:
-        ty = V(I8, 64)
-        return call(b, "llvm.x86.avx512.vpdpbusd.512", VI, [acc, b.bitcast(x, ty), b.bitcast(y, ty)])
+        return _dot_parts(b, "llvm.x86.avx512.vpdpbusd.512", acc, x, y, 1)
+    if ISA.avxvnni:
+        return _dot_parts(b, "llvm.x86.avx512.vpdpbusd.256", acc, x, y, 2)
+    if ISA.i8mm:
+        return _dot_parts(b, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc, x, y, 4)
+    return quad_sums(b, pair_sums(b, x, y), const_i(1, 32, I16), acc)
+
+
+def _dot_parts(b, name, acc, x, y, n):
+    """An instruction (acc, x, y) on 1/n of the lanes."""
+    part = lambda v, i: shuffle(b, v, v, range(i * v.type.count // n, (i + 1) * v.type.count // n))  # noqa: E731
+    return concat(b, *[call(b, name, V(I32, W // n), [part(v, i) for v in (acc, x, y)]) for i in range(n)])
+
+
+def pair_sums(b, u, s):
+    """64 u8 * s8 -> 32 i16, sums of two neighbours; u <= 127, since x86 saturates."""
+    if ISA.avx512:
+        return call(b, "llvm.x86.avx512.pmaddubs.w.512", V(I16, 32), [u, s])
     if ISA.avx2:
-        return _dot_u8s8_ymm(b, acc, x, y)
-    x, y = b.bitcast(x, V(I8, 64)), b.bitcast(y, V(I8, 64))  # NEON: LLVM finds udot/sdot-like reductions or mul-adds
-    product = b.mul(b.zext(x, V(I32, 64)), b.sext(y, V(I32, 64)))
-    for g in range(4):
-        acc = b.add(acc, shuffle(b, product, product, range(g, 64, 4)))
-    return acc
+        part = lambda v, h: shuffle(b, v, v, range(h, h + 32))  # noqa: E731
+        name = "llvm.x86.avx2.pmadd.ub.sw"
+        return concat(b, *[call(b, name, V(I16, 16), [part(u, h), part(s, h)]) for h in (0, 32)])
+    p = b.mul(b.zext(u, V(I16, 64)), b.sext(s, V(I16, 64)))
+    return b.add(shuffle(b, p, p, range(0, 64, 2)), shuffle(b, p, p, range(1, 64, 2)))
 
 
-def _dot_u8s8_ymm(b, acc, x, y):
-    halves = []
-    for h in (0, 8):
-        part = lambda v: b.bitcast(shuffle(b, v, v, range(h, h + 8)), V(I8, 32))  # noqa: B023, E731
-        part_acc = shuffle(b, acc, acc, range(h, h + 8))
-        if ISA.avxvnni:
-            halves.append(call(b, "llvm.x86.avx512.vpdpbusd.256", V(I32, 8), [part_acc, part(x), part(y)]))
-            continue
-        pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", V(I16, 16), [part(x), part(y)])
-        quads = call(b, "llvm.x86.avx2.pmadd.wd", V(I32, 8), [pairs, const_i(1, 16, I16)])
-        halves.append(b.add(part_acc, quads))
-    return shuffle(b, halves[0], halves[1], range(W))
+def quad_sums(b, x, y, acc=None):
+    """n i16 * i16 -> n / 2 i32, sums of two neighbours, added to acc; n = 16 or 32."""
+    n = x.type.count
+    if n == 32 and acc is not None and ISA.vnni512:
+        return call(b, "llvm.x86.avx512.vpdpwssd.512", VI, [acc, x, y])
+    if n == 32 and ISA.avx512:
+        p = call(b, "llvm.x86.avx512.pmaddw.d.512", VI, [x, y])
+    elif n == 16 and ISA.avx2:
+        p = call(b, "llvm.x86.avx2.pmadd.wd", V(I32, 8), [x, y])
+    elif n == 32:
+        p = concat(b, *[quad_sums(b, shuffle(b, x, x, h), shuffle(b, y, y, h)) for h in (range(16), range(16, 32))])
+    else:
+        p = b.mul(b.sext(x, V(I32, n)), b.sext(y, V(I32, n)))
+        p = b.add(shuffle(b, p, p, range(0, n, 2)), shuffle(b, p, p, range(1, n, 2)))
+    return p if acc is None else b.add(acc, p)
 
 
 @instruction(F, F, I, I)
@@ -112,8 +141,8 @@ def dot_u8s8(b, acc, x, y):
     return dot(b, "u8s8", acc, x, y)
 
 
-def _rank1(mode, w_first):
-    """w_first: the panel is the dot's first operand (for u8s8: the unsigned one)."""
+def _rank1(mode, w_first, less_128=False):
+    """w_first: the panel is the dot's first operand (for u8s8: the unsigned one); less_128: of broadcast bytes."""
 
     @intrinsic
     def rank1(_context, acc, w, x, stride):
@@ -122,6 +151,8 @@ def _rank1(mode, w_first):
             panel = [load(b, offset(b, w, 64 * n), VI, 4) for n in range(acc.N)]
             for m in range(acc.M):
                 value = splat(b, load(b, x, I32, 4))
+                if less_128:
+                    value = b.xor(value, const_i(0x80808080 - (1 << 32)))
                 for n in range(acc.N):
                     k = m * acc.N + n
                     pair = (panel[n], value) if w_first else (value, panel[n])
@@ -139,6 +170,22 @@ rank1_f32 = _rank1("f32", True)
 rank1_bf16 = _rank1("bf16", True)
 rank1_wu8 = _rank1("u8s8", True)  # panel unsigned, broadcast signed
 rank1_ws8 = _rank1("u8s8", False)  # panel signed, broadcast unsigned
+rank1_s8 = _rank1("s8s8", False, less_128=True)  # panel signed, broadcast a byte that is 128 more than its value
+rank1_pairs = _rank1("pairs", True)  # as rank1_wu8, to sums of pairs
+
+
+@intrinsic
+def add_pairs(_context, acc, pairs):
+    """acc[m, n] += the two halves of each lane of pairs[m, n]"""
+
+    def emit(context, b, sig, args):
+        def add(m, n, v):
+            x = b.bitcast(b.extract_value(args[1], m * acc.N + n), V(I16, 2 * W))
+            return quad_sums(b, x, const_i(1, 2 * W, I16), v)
+
+        return _each(b, args[0], acc, add)
+
+    return acc(acc, pairs), emit
 
 
 # ------------------------------------------------------------------------------------------- blocks of accumulators

@@ -23,7 +23,7 @@ from ._jit import kernel
 from .isa import ISA
 from .quants.activations import BLOCK_256
 
-N_VEC = 4 if ISA.avx512 else 2
+N_VEC = 4 if ISA.avx512 else 1
 PANEL_ROWS = 16 * N_VEC
 BLOCK_ROWS = ISA.n_acc // N_VEC  # activation rows of a register block
 COLUMNS = 256
@@ -38,8 +38,9 @@ def kind_of(type_id: int, k: int) -> str:
     f = quants.FORMATS[type_id]
     if f.name in ("F32", "F16"):
         return "f32"
-    if f.codes is not None and (ISA.vnni512 or ISA.avxvnni) and k % max(64, f.block) == 0:
-        return "int8"
+    if f.codes is not None and k % max(64, f.block) == 0:
+        if ISA.int8 or (ISA.avx2 and f.codes.largest <= 127):
+            return "int8"
     return ISA.panel
 
 

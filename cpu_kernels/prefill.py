@@ -44,7 +44,7 @@ WEIGHT_ROWS = 32  # decoded by a tile
 WORKSPACE = 48 << 20
 PAD = 64  # bytes after rows that are broadcast: strides of powers of two fight over the sets of the first cache
 
-N_VEC = 4 if ISA.avx512 else 2  # vectors of queries in a register block
+N_VEC = 4 if ISA.avx512 else 1  # vectors of queries in a register block
 LANES = 16 * N_VEC
 
 
@@ -244,8 +244,8 @@ def expand(kind):
     size = 2 if bf16 else 4
     rank1 = rank1_bf16 if bf16 else rank1_f32
     store = store_regs_bf16 if bf16 else store_regs
-    MK = ISA.n_acc // 2  # rows, by 32 of nope
-    MV = 8 if ISA.avx512 else 2  # of Dv, by ROW_LANES rows
+    MK, NK = (12, 2) if ISA.avx512 else (6, 1)  # rows, by vectors of nope
+    MV, NV = (8, 3) if ISA.avx512 else (4, 1)  # of Dv, by vectors of rows
 
     def body(tile, scratch, latent, panel, w_uk, w_uv, keys, values, kv, C, nope, n_v, n_tile):
         head, first = tile // n_tile, tile % n_tile * ROWS
@@ -254,10 +254,10 @@ def expand(kind):
         latent += first * stride
         w_uk += head * C * nope * size
         keys += (head * kv + first) * nope * size
-        for n in range(0, nope, 32):
+        for n in range(0, nope, 16 * NK):
             for t in range(0, ROWS, MK):
-                acc = zeros_f(MK, 2)
-                w, x = w_uk + n * C * size, latent + t * stride
+                acc = zeros_f(MK, NK)
+                w, x = w_uk + n // 32 * 32 * C * size + n % 32 * 4, latent + t * stride
                 for _ in range(steps):
                     acc = rank1(acc, w, x, stride)
                     w += 128
@@ -266,10 +266,10 @@ def expand(kind):
         panel += first * C * size
         w_uv += head * n_v * stride
         values += (head * kv + first) * n_v * size
-        for t in range(0, ROWS, ROW_LANES):
+        for t in range(0, ROWS, 16 * NV):
             for d in range(0, n_v, MV):
-                acc = zeros_f(MV, 3)
-                w, x = panel + t * C * size, w_uv + d * stride
+                acc = zeros_f(MV, NV)
+                w, x = panel + t // ROW_LANES * ROW_LANES * C * size + t % ROW_LANES * 4, w_uv + d * stride
                 for _ in range(steps):
                     acc = rank1(acc, w, x, stride)
                     w += ROW_LANES * 4
@@ -290,7 +290,7 @@ def attend(kind):
     rank1 = rank1_bf16 if bf16 else rank1_f32
     ROW = 4 * LANES  # bytes of a step of a panel, and of a row of scores
     MQ = ISA.n_acc // N_VEC
-    MD = 4 if ISA.avx512 else 2
+    MD = 4
 
     @instruction(I)
     def lane_index(b):

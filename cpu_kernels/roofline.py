@@ -1,5 +1,6 @@
 """This machine's limits, measured: products per second of the microkernel out of the first cache, and DRAM read.
 
+    limits     all of them; attention_kinds and matmul_kind say which kind of product an op is to be compared with
     multiply   1 product (f32), 2 (bf16) or 4 (int8) a lane and dot; ISA.n_acc accumulators, operands in the first cache
     read       sums of lines of a buffer that no cache holds
 
@@ -14,14 +15,42 @@ from typing import Any
 
 import numpy as np
 
+from . import attention, panels, quants
 from ._jit import kernel
 from .isa import ISA
+from .matmul import MAX_DOT_TOKENS
 
 PRODUCTS = {"f32": 1, "bf16": 2, "int8": 4}  # of a lane in a dot
+KINDS = {"f32": True, "bf16": ISA.bf16, "int8": ISA.int8 or ISA.avx2}  # whether this CPU multiplies so
 STEPS = 20_000  # of a tile of multiply
 TILES = 32  # for each thread: 8 ms, in which the system has spread them over the cores
 READ_BYTES = 256 << 20
 READ_TILE = 1 << 20
+
+
+def limits(run: Any) -> dict[str, float]:
+    """{"read_gb_s", "f32_gmul_s", "bf16_gmul_s", "int8_gmul_s"}: 10^9 bytes and products a second on a run's threads.
+
+    Only those kinds of product that kernels use on this CPU.
+    """
+    found = {"read_gb_s": dram_read(run) / 1e9}
+    return found | {f"{kind}_gmul_s": peak(run, kind) / 1e9 for kind, there in KINDS.items() if there}
+
+
+def attention_kinds(type_k: str, mha: bool) -> tuple[str, str]:
+    """Kinds of product of (the latent, the rope) in mla_prefill (mha) or mla_decode."""
+    if mha:
+        kind = "f32" if type_k == "f16" else ISA.panel
+    else:
+        kind = attention.products(type_k)
+    return kind, "bf16" if kind == "int8" else kind
+
+
+def matmul_kind(type_id: int, k: int, n_tok: int) -> str:
+    """Kind of product of n_tok tokens with rows of k weights of a type."""
+    if n_tok > MAX_DOT_TOKENS:
+        return panels.kind_of(type_id, k)
+    return "int8" if KINDS["int8"] and quants.FORMATS[type_id].activation != "f32" else "f32"
 
 
 def peak(run: Any, kind: str) -> float:
@@ -51,9 +80,9 @@ def _seconds(run: Any, code: Any, n_tiles: int, args: tuple[Any, ...]) -> float:
 @kernel
 def multiply(kind):
     """STEPS steps of two dots per accumulator."""
-    from .microkernel import rank1_bf16, rank1_f32, rank1_ws8, store_regs, zeros_f, zeros_i
+    from .microkernel import rank1_bf16, rank1_f32, rank1_pairs, rank1_ws8, store_regs, zeros_f, zeros_i
 
-    rank1 = {"f32": rank1_f32, "bf16": rank1_bf16, "int8": rank1_ws8}[kind]
+    rank1 = {"f32": rank1_f32, "bf16": rank1_bf16, "int8": rank1_ws8 if ISA.int8 else rank1_pairs}[kind]
     zeros = zeros_i if kind == "int8" else zeros_f
     M = ISA.n_acc
 

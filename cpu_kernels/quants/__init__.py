@@ -47,6 +47,7 @@ class Codes:
 
     sub: int  # values per scale
     centre: int | None
+    largest: int  # code
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,18 @@ FORMATS: dict[int, Format] = {
         Format("F32", 0, 32, 128, "f32", "floats"),
         Format("F16", 1, 32, 64, "f32", "floats"),
         Format("BF16", 30, 32, 64, "f32", "floats"),
-        Format("Q4_0", 2, 32, 18, "q8_32", "q4", Codes(32, 8)),
-        Format("Q4_1", 3, 32, 20, "q8_32", "q4", Codes(32, None)),
-        Format("Q5_0", 6, 32, 22, "q8_32", "q5", Codes(32, 16)),
-        Format("Q5_1", 7, 32, 24, "q8_32", "q5", Codes(32, None)),
-        Format("Q8_0", 8, 32, 34, "q8_32", "q8", Codes(32, 128)),
+        Format("Q4_0", 2, 32, 18, "q8_32", "q4", Codes(32, 8, 15)),
+        Format("Q4_1", 3, 32, 20, "q8_32", "q4", Codes(32, None, 15)),
+        Format("Q5_0", 6, 32, 22, "q8_32", "q5", Codes(32, 16, 31)),
+        Format("Q5_1", 7, 32, 24, "q8_32", "q5", Codes(32, None, 31)),
+        Format("Q8_0", 8, 32, 34, "q8_32", "q8", Codes(32, 128, 255)),
         Format("Q2_K", 10, 256, 84, "q8_256", "q2_k"),
-        Format("Q3_K", 11, 256, 110, "q8_256", "q3_k", Codes(16, 4)),
-        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k", Codes(32, None)),
-        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k", Codes(32, None)),
-        Format("Q6_K", 14, 256, 210, "q8_256", "q6_k", Codes(16, 32)),
-        Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4", Codes(32, 128)),
-        Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4", Codes(32, 128)),
+        Format("Q3_K", 11, 256, 110, "q8_256", "q3_k", Codes(16, 4, 7)),
+        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k", Codes(32, None, 15)),
+        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k", Codes(32, None, 31)),
+        Format("Q6_K", 14, 256, 210, "q8_256", "q6_k", Codes(16, 32, 63)),
+        Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4", Codes(32, 128, 255)),
+        Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4", Codes(32, 128, 255)),
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ..isa import ISA
-from ..microkernel import dot
+from ..microkernel import dot, pair_sums, quad_sums
 from ..simd import F16, F32, I8, I16, I32, I64, VF, VI, V, call, concat, const_i, load, shuffle
 
 
@@ -85,33 +85,15 @@ def lookup(b, table, index):
 # ------------------------------------------------------------------------------------- integer products, q8_256
 
 
-def pair_sums(b, u, s):
-    """64 u8 * s8 -> 32 i16, sums of two neighbours; u <= 127, since x86 saturates."""
-    if ISA.avx512:
-        return call(b, "llvm.x86.avx512.pmaddubs.w.512", V(I16, 32), [u, s])
-    if ISA.avx2:
-        part = lambda v, h: take(b, v, range(h, h + 32))  # noqa: E731
-        name = "llvm.x86.avx2.pmadd.ub.sw"
-        return concat(b, *[call(b, name, V(I16, 16), [part(u, h), part(s, h)]) for h in (0, 32)])
-    p = b.mul(b.zext(u, V(I16, 64)), b.sext(s, V(I16, 64)))
-    return b.add(take(b, p, range(0, 64, 2)), take(b, p, range(1, 64, 2)))
+def add_scaled_sums(b, total, u, x, scales, group):
+    """total, 16 i32 or None, + sums of code * x * its scale, for 64 codes 0..127 (signed ones if ISA.dotprod).
 
-
-def quad_sums(b, x, y, acc=None):
-    """n i16 * i16 -> n / 2 i32, sums of two neighbours, added to acc; n = 16 or 32."""
-    n = x.type.count
-    if n == 32 and acc is not None and ISA.vnni512:
-        return call(b, "llvm.x86.avx512.vpdpwssd.512", VI, [acc, x, y])
-    if n == 32 and ISA.avx512:
-        p = call(b, "llvm.x86.avx512.pmaddw.d.512", VI, [x, y])
-    elif n == 16 and ISA.avx2:
-        p = call(b, "llvm.x86.avx2.pmadd.wd", V(I32, 8), [x, y])
-    elif n == 32:
-        p = concat(b, *[quad_sums(b, take(b, x, h), take(b, y, h)) for h in (range(16), range(16, 32))])
-    else:
-        p = b.mul(b.sext(x, V(I32, n)), b.sext(y, V(I32, n)))
-        p = b.add(take(b, p, range(0, n, 2)), take(b, p, range(1, n, 2)))
-    return p if acc is None else b.add(acc, p)
+    scales are i16, and group(j) is the scale of codes 4j..4j+3
+    """
+    if ISA.dotprod:
+        sums = b.mul(dot_signed(b, u, x), b.sext(take(b, scales, [group(j) for j in range(16)]), VI))
+        return sums if total is None else b.add(total, sums)
+    return quad_sums(b, pair_sums(b, u, x), take(b, scales, [group(j // 2) for j in range(32)]), total)
 
 
 def widen(b, v):
@@ -135,6 +117,8 @@ def dot_unsigned(b, u, s, acc=None):
 
 
 def dot_signed(b, q, x):
+    if ISA.dotprod:
+        return dot(b, "s8s8", const_i(0), b.bitcast(q, VI), b.bitcast(x, VI))
     return dot_unsigned(b, *magnitude(b, q, x))
 
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from ..isa import ISA
 from ..simd import F32, I8, I16, I32, VF, V, W, const_i, fma_, load, offset, splat
 from .activations import SCALE
 from .emit import (
+    add_scaled_sums,
     columns,
     half,
     lookup,
     magnitude,
     nibbles,
-    pair_sums,
-    quad_sums,
     signed,
     take,
 )
@@ -69,8 +69,10 @@ def dot_iq4_xs(b, acc, w, x):
     scales = b.trunc(_scales(b, w), V(I16, 8))
     total = None
     for i in range(4):
-        pairs = pair_sums(b, *magnitude(b, _values(b, w, i), load(b, offset(b, x, 64 * i), V(I8, 64))))
-        total = quad_sums(b, pairs, take(b, scales, [2 * i + j // 16 for j in range(32)]), total)
+        q, part = _values(b, w, i), load(b, offset(b, x, 64 * i), V(I8, 64))
+        if not ISA.dotprod:
+            q, part = magnitude(b, q, part)
+        total = add_scaled_sums(b, total, q, part, scales, lambda j: 2 * i + j // 8)  # noqa: B023
     factor = b.fmul(half(b, w), load(b, offset(b, x, SCALE), F32))
     return fma_(b, b.sitofp(total, VF), splat(b, factor), acc)
 

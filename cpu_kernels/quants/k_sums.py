@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from ..microkernel import quad_sums
 from ..simd import F32, I8, I16, VF, V, const_i, fma_, load, offset, splat
 from .activations import SCALE, SUMS
-from .emit import half, pair_sums, quad_sums, take, widen
+from .emit import add_scaled_sums, half, widen
 
 
 def scaled_sums(b, codes, scales, x):
     """codes: four vectors of 64, 0..127; scales <16 x i16> -> 16 i32 whose sum is that of scale * code * x."""
     total = None
     for i, u in enumerate(codes):
-        pairs = pair_sums(b, u, load(b, offset(b, x, 64 * i), V(I8, 64)))
-        total = quad_sums(b, pairs, take(b, scales, [4 * i + j // 8 for j in range(32)]), total)
+        part = load(b, offset(b, x, 64 * i), V(I8, 64))
+        total = add_scaled_sums(b, total, u, part, scales, lambda j: 4 * i + j // 4)  # noqa: B023
     return total
 
 

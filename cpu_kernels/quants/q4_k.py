@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from ..isa import ISA
+from ..microkernel import pair_sums, quad_sums
 from ..simd import F16, F32, I8, I16, I32, I64, VF, V, W, concat, fma_, load, offset, shuffle, splat
 from .activations import SCALE, SUMS
-from .emit import fields, half, pair_sums, quad_sums, take, unsigned, widen
+from .emit import add_scaled_sums, fields, half, take, unsigned, widen
 
 
 def _scales(b, w):
@@ -67,13 +69,18 @@ def _decode(b, w, high):
 
 def _dot(b, acc, w, x, high):
     scales, minima = _scales(b, w)
+    wide = b.zext(b.bitcast(scales, V(I8, 8)), V(I16, 8))
     # the scales repeated in every 16 bytes, so that the shuffles below stay within 128-bit lanes
     spread, zeros = b.bitcast(splat(b, scales, 8), V(I8, 64)), ir.Constant(V(I8, 64), None)
     total = None
     for i in range(4):
-        pairs = pair_sums(b, _codes(b, w, i, high), load(b, offset(b, x, 64 * i), V(I8, 64)))
-        index = [64 if j % 2 else j // 16 * 16 + 2 * i + j // 32 for j in range(64)]
-        total = quad_sums(b, pairs, b.bitcast(shuffle(b, spread, zeros, index), V(I16, 32)), total)
+        q, part = _codes(b, w, i, high), load(b, offset(b, x, 64 * i), V(I8, 64))
+        if ISA.dotprod:
+            total = add_scaled_sums(b, total, q, part, wide, lambda j: 2 * i + j // 8)  # noqa: B023
+        else:
+            index = [64 if j % 2 else j // 16 * 16 + 2 * i + j // 32 for j in range(64)]
+            factors = b.bitcast(shuffle(b, spread, zeros, index), V(I16, 32))
+            total = quad_sums(b, pair_sums(b, q, part), factors, total)
     # minima times the activations' sums of 16
     twice = take(b, b.zext(b.bitcast(minima, V(I8, 8)), V(I16, 8)), [j // 2 for j in range(16)])
     low = quad_sums(b, twice, load(b, offset(b, x, SUMS), V(I16, 16)))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ..simd import I8, I32, I64, V, const_f, const_i, load, offset, splat
+from ..isa import ISA
+from ..simd import I8, I32, I64, V, concat, const_f, const_i, load, offset, splat
 from .emit import columns, half, nibbles, take, unsigned
 
 
@@ -19,8 +20,15 @@ def _codes(b, blocks, qh):
     low = nibbles(b, *[offset(b, w, qh + 4) for w in blocks])
     n = low.type.count
     bits = [load(b, offset(b, w, qh), I32) for w in blocks]
-    mask = bits[0] if n == 32 else b.or_(b.zext(bits[0], I64), b.shl(b.zext(bits[1], I64), ir.Constant(I64, 32)))
-    return b.select(b.bitcast(mask, V(ir.IntType(1), n)), b.add(low, const_i(16, n, I8)), low)
+    if ISA.avx512:  # the bits are a mask
+        mask = bits[0] if n == 32 else b.or_(b.zext(bits[0], I64), b.shl(b.zext(bits[1], I64), ir.Constant(I64, 32)))
+        return b.select(b.bitcast(mask, V(ir.IntType(1), n)), b.add(low, const_i(16, n, I8)), low)
+    # every byte gets the one with its bit; the shuffle stays within 16 bytes
+    near = concat(b, *[take(b, b.bitcast(splat(b, v, 8), V(I8, 32)), [j // 16 * 16 + j // 8 for j in range(32)])
+                       for v in bits])  # fmt: skip
+    own = ir.Constant(V(I8, n), [1 << j % 8 for j in range(n)])
+    there = b.icmp_unsigned("==", b.and_(near, own), own)
+    return b.or_(low, b.select(there, const_i(16, n, I8), const_i(0, n, I8)))
 
 
 def decode_q5_0(b, w):

@@ -114,7 +114,7 @@ def over_fours(codes, nbytes, centre):
     The sum over blocks of d · scale · sum(code · x); and four blocks at once what the codes leave out, -centre · d or m
     times the block's scale · sum(x). Blocks after the row's last are stood in for by it: activations there are zeros.
     """
-    signed = centre == 128 and not (ISA.vnni512 or ISA.avxvnni)  # plain AVX2 saturates: sign and magnitude instead
+    signed = centre == 128 and not ISA.u8s8
 
     @instruction(THREE, THREE, A, A, A, A, A, A)
     def four(b, sums, w0, w1, w2, w3, x, factors):
