@@ -17,6 +17,7 @@ queues work on `run`, its first argument. Arrays are (rows, …) f32 with the la
     swiglu(run, gate, up, out)
     route(run, logits, bias, gating, n_group, n_group_used, norm, scale, ids, weights)
     experts(run, x, ids, weights, gate, up, down, out)   out += the experts' weighted sum
+    roofline.limits(run) · attention_kinds(type_k, mha) · matmul_kind(type_id, k, n_tok)            for `konly bench`
 """
 
 from __future__ import annotations

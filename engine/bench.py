@@ -1,24 +1,30 @@
-"""run(): times prompt processing and decoding of a model at given depths.
+"""run(): times prompt processing and decoding of a model at given depths, beside this machine's limits.
 
 A depth is not computed: 256 tokens are, and their rows are repeated up to it in every layer, as real as any others and
-without the hours of a long prompt. Times are of whole steps, medians with the least and the greatest.
+without the hours of a long prompt. Times are of whole steps, medians with the least and the greatest. Every step is
+profiled as it is timed (two clock reads at each barrier, microseconds in all), so its parts are its own; parts.py says
+what they are. The limits are measured between the depths, for a machine's clock and its other tenants change.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from .engine import Engine
+from .parts import PARTS, by_part, work_of
 from .stream import Progress, Stream
 
 N_REAL_TOKENS = 256
 N_PREFILL_RUNS = 3
+
+Limits = dict[str, float]
+Timing = tuple[float, dict[str, float]]  # seconds of a step, and of its parts
 
 
 def run(
@@ -33,13 +39,17 @@ def run(
 ) -> dict[str, Any]:
     """Every combination of the lists; a thread count of 0 means one per physical core.
 
-    {"model", "decode": [{"type_k", "threads", "depth", "ms_per_token", "min", "max"}],
-     "prefill": [{"type_k", "threads", "depth", "tokens", "tokens_per_s", "min", "max"}]}
+    {"model",
+     "limits": {threads: {"read_gb_s", "f32_gmul_s", "bf16_gmul_s", "int8_gmul_s"}}, threads as a string
+     "decode": [{"type_k", "threads", "depth", "ms_per_token", "min", "max", "parts"}],
+     "prefill": [{"type_k", "threads", "depth", "tokens", "tokens_per_s", "min", "max", "parts"}]}
+    parts: {name of PARTS: {"ms": of a token, "of_read", "of_peak": shares of the limits, None without work}}
     """
-    result: dict[str, Any] = {"model": "", "decode": [], "prefill": []}
+    result: dict[str, Any] = {"model": "", "limits": {}, "decode": [], "prefill": []}
+    measured: dict[str, list[Limits]] = {}
     rng = np.random.default_rng(1)
     for kind in type_k:
-        n_ctx = max(depths) + max([N_REAL_TOKENS, n_gen + 1, *n_prompt])
+        n_ctx = max(depths) + max([N_REAL_TOKENS, n_gen, *n_prompt]) + 1
         for n_threads in threads:
             engine = Engine(path, n_ctx=n_ctx, type_k=kind, n_threads=n_threads or None, progress=progress)
             result["model"] = os.path.basename(engine.path)
@@ -48,38 +58,82 @@ def run(
             engine.step([0])  # compiles, and brings the weights into memory
             engine.truncate(N_REAL_TOKENS)
             for depth in depths:
+                limits = engine.model.ops.roofline.limits(engine.model.ops.Run(engine.n_threads))
+                measured.setdefault(str(engine.n_threads), []).append(limits)
                 case = {"type_k": kind, "threads": engine.n_threads, "depth": depth}
-                result["decode"] += _decode(engine, case, rng.integers(0, n_vocab, n_gen))
-                for n in n_prompt:
-                    result["prefill"] += _prefill(engine, case, rng.integers(0, n_vocab, n))
+                if n_gen:
+                    result["decode"].append(case | _decode(engine, depth, rng.integers(0, n_vocab, n_gen)))
+                for n in filter(None, n_prompt):
+                    result["prefill"].append(case | _prefill(engine, depth, rng.integers(0, n_vocab, n)))
             engine.close()
+    result["limits"] = {n: _medians(found) for n, found in measured.items()}
+    for row in result["decode"] + result["prefill"]:
+        _add_shares(row, result["limits"][str(row["threads"])])
     return result
 
 
-def _decode(engine: Stream, case: dict[str, Any], tokens: np.ndarray) -> list[dict[str, Any]]:
-    if not len(tokens):
-        return []
-    _fill(engine, case["depth"])
+def _decode(engine: Stream, depth: int, tokens: np.ndarray) -> dict[str, Any]:
+    _fill(engine, depth)
     engine.step(tokens[:1])
-    times = [_time(engine, tokens[i : i + 1]) * 1e3 for i in range(len(tokens))]
-    return [case | {"ms_per_token": statistics.median(times), "min": min(times), "max": max(times)}]
+    timings = [_time(engine, tokens[i : i + 1]) for i in range(len(tokens))]
+    times = [seconds * 1e3 for seconds, _ in timings]
+    row = {"ms_per_token": median(times), "min": min(times), "max": max(times)}
+    return row | {"parts": _parts(timings, 1), "work": work_of(engine, 1, depth + 1 + len(tokens) // 2)}
 
 
-def _prefill(engine: Stream, case: dict[str, Any], tokens: np.ndarray) -> list[dict[str, Any]]:
-    if not len(tokens):
-        return []
-    rates = []
+def _prefill(engine: Stream, depth: int, tokens: np.ndarray) -> dict[str, Any]:
+    engine._compile(len(tokens))
+    timings = []
     for _ in range(N_PREFILL_RUNS):
-        _fill(engine, case["depth"])
-        rates.append(len(tokens) / _time(engine, tokens))
-    rate = statistics.median(rates)
-    return [case | {"tokens": len(tokens), "tokens_per_s": rate, "min": min(rates), "max": max(rates)}]
+        _fill(engine, depth)
+        timings.append(_time(engine, tokens))
+    n = len(tokens)
+    rates = [n / seconds for seconds, _ in timings]
+    row = {"tokens": n, "tokens_per_s": median(rates), "min": min(rates), "max": max(rates)}
+    return row | {"parts": _parts(timings, n), "work": work_of(engine, n, depth)}
 
 
-def _time(engine: Stream, tokens: np.ndarray) -> float:
-    start = time.perf_counter()
-    engine.step(tokens)
-    return time.perf_counter() - start
+def _time(engine: Stream, tokens: np.ndarray) -> Timing:
+    """One step, with the run's replay() replaced by its profile()."""
+    run = engine._run
+    found: list[tuple[str, float]] = []
+    evaluating = 0.0
+
+    def replay(tape: Any) -> None:
+        nonlocal evaluating
+        start = time.perf_counter()
+        profile = run.profile(tape)
+        found.extend(profile)
+        evaluating += time.perf_counter() - start - sum(t for _, t in profile)
+
+    run.replay = replay
+    try:
+        start = time.perf_counter()
+        engine.step(tokens)
+        seconds = time.perf_counter() - start - evaluating
+    finally:
+        del run.replay
+    parts = by_part(found)
+    parts["rest"] += seconds - sum(parts.values())
+    return seconds, parts
+
+
+def _parts(timings: list[Timing], n_tok: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a token by part: medians, scaled to add up to the median step."""
+    seconds = {name: median(parts[name] for _, parts in timings) for name in PARTS}
+    scale = median(whole for whole, _ in timings) / sum(seconds.values()) * 1e3 / n_tok
+    return {name: {"ms": t * scale} for name, t in seconds.items()}
+
+
+def _add_shares(row: dict[str, Any], limits: Limits) -> None:
+    """Put the row's work, which is taken out, into its parts as shares of the limits."""
+    work = row.pop("work")
+    for name, part in row["parts"].items():
+        part |= work[name].shares(part["ms"] / 1e3 * row.get("tokens", 1), limits)
+
+
+def _medians(found: list[Limits]) -> Limits:
+    return {name: median(limits[name] for limits in found) for name in found[0]}
 
 
 def _fill(engine: Stream, depth: int) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 TYPES_K = ("f16", "bf16", "q8")
+PARTS = ("attention", "experts", "dense", "rest")
 
 
 class _Commands(click.Group):
@@ -377,7 +378,8 @@ def bench(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        print_tables({"model": result["model"]}, _bench_table(result))
+        print_tables({"model": result["model"]}, _limits_table(result), *_bench_tables(result))
+        click.echo("\nparts: ms of a token, and the nearer of two shares: of DRAM's rate, of the peak of its products")
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -390,14 +392,48 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _bench_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("test", "type_k", "threads", "depth", "t/s", "ms/token (min-max)")]
-    for row in result["prefill"]:
-        rows.append((f"prompt {row['tokens']}", *_bench_case(row), f"{row['tokens_per_s']:,.1f}", ""))
-    for row in result["decode"]:
-        ms = f"{row['ms_per_token']:.2f} ({row['min']:.2f}-{row['max']:.2f})"
-        rows.append(("decode", *_bench_case(row), f"{1e3 / row['ms_per_token']:,.1f}", ms))
+def _limits_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """This machine's: what of DRAM, and how many products, each with its addition."""
+    kinds = {name: name.removesuffix("_gmul_s") for found in result["limits"].values() for name in found}
+    kinds.pop("read_gb_s")
+    rows: list[tuple[str, ...]] = [("limits", "DRAM GB/s", *(f"{kind} G/s" for kind in kinds.values()))]
+    for threads, found in result["limits"].items():
+        name = "1 thread" if threads == "1" else f"{threads} threads"
+        rows.append((name, f"{found['read_gb_s']:.1f}", *(f"{found[kind]:,.0f}" for kind in kinds)))
     return rows
+
+
+def _bench_tables(result: dict[str, Any]) -> Iterator[list[tuple[str, ...]]]:
+    case = ("type_k", "threads", "depth")
+    if result["decode"]:
+        rows: list[tuple[str, ...]] = [("decode", *case, "ms/token (min-max)", *PARTS)]
+        for row in result["decode"]:
+            times = _spread(row["ms_per_token"], row)
+            rows.append((f"{_three(1e3 / row['ms_per_token'])} t/s", *_bench_case(row), times, *_part_cells(row)))
+        yield rows
+    if result["prefill"]:
+        rows = [("prompt", *case, "t/s (min-max)", *PARTS)]
+        for row in result["prefill"]:
+            rates = _spread(row["tokens_per_s"], row)
+            rows.append((f"{row['tokens']:,} tokens", *_bench_case(row), rates, *_part_cells(row)))
+        yield rows
+
+
+def _spread(median: float, row: dict[str, Any]) -> str:
+    return f"{_three(median)} ({_three(row['min'])}-{_three(row['max'])})"
+
+
+def _part_cells(row: dict[str, Any]) -> Iterator[str]:
+    """Milliseconds of a token, and the share of the limit that is nearer."""
+    for name in PARTS:
+        part = row["parts"][name]
+        share = max(part["of_read"] or 0, part["of_peak"] or 0)
+        yield _three(part["ms"]) + (f" {share:4.0%}" if share else "")
+
+
+def _three(x: float) -> str:
+    """To three digits, or to units."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _bench_case(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -1,7 +1,10 @@
 """Times llama.cpp or ik_llama.cpp in this process, as `konly bench` times konly. Started by bench_peers.py.
 
 Runs under the Python of an environment that has llama-cpp-python or ik-llama-cpp-python, built for this machine
-(pip install --no-binary), and NumPy; imports nothing of konly. Prints one JSON object.
+(pip install --no-binary), and NumPy; imports nothing of konly. The last line that it prints is one JSON object:
+
+    {"version", "load_s", "decode_ms": {depth: [ms of each token]}, "prefill_s": {depth: [s of each run]}}
+    {"version", "load_s"}   with --first-token, which ends after five tokens of a prompt, in a context of 4,096
 
 A depth is reached as in `konly bench`: 256 tokens are computed, and their rows in the saved state of the sequence are
 repeated. Reading and writing that state is all that is known of the peers' formats here.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.metadata
 import json
 import struct
 import sys
@@ -28,6 +32,7 @@ class Peer:
     """A model and a context. api: the module that has the llama_* functions and structures."""
 
     api: Any
+    package: str
     state_has_stream: bool
     seq_flags: tuple[int, ...]
 
@@ -130,6 +135,7 @@ class Peer:
 
 
 class LlamaCpp(Peer):
+    package = "llama-cpp-python"
     state_has_stream, seq_flags = True, ()
 
     def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
@@ -149,6 +155,7 @@ class LlamaCpp(Peer):
 
 
 class IkLlamaCpp(Peer):
+    package = "ik-llama-cpp-python"
     state_has_stream, seq_flags = False, (0,)
 
     def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
@@ -174,17 +181,27 @@ def main() -> None:
     parser.add_argument("--n-prompt", type=int, default=512)
     parser.add_argument("--n-gen", type=int, default=16)
     parser.add_argument("--n-runs", type=int, default=1)
-    parser.add_argument("--depths", default="0")
+    parser.add_argument("--depths", default="0", help="to decode at")
+    parser.add_argument("--prompt-depths", help="to process a prompt at; else those of --depths")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--type-k", default="f16", choices=GGML_TYPES)
     parser.add_argument("--repack", action="store_true")
+    parser.add_argument("--first-token", action="store_true")
     args = parser.parse_args()
-    depths = [int(d) for d in args.depths.split(",")]
+    decode_at = [int(d) for d in args.depths.split(",")] if args.n_gen else []
+    prompt_at = [int(d) for d in (args.prompt_depths or args.depths).split(",")] if args.n_prompt else []
+    depths = sorted({*decode_at, *prompt_at, 0})
 
     n_ctx = -(-(max(depths) + max(N_REAL_TOKENS, args.n_prompt, args.n_gen) + 64) // 256) * 256
     start = time.perf_counter()
-    peer = (LlamaCpp if args.peer == "llama.cpp" else IkLlamaCpp)(args, n_ctx)
-    result: dict[str, Any] = {"load_s": time.perf_counter() - start, "decode_ms": {}, "prefill_s": {}}
+    peer = (LlamaCpp if args.peer == "llama.cpp" else IkLlamaCpp)(args, 4096 if args.first_token else n_ctx)
+    load = time.perf_counter() - start
+    result: dict[str, Any] = {"version": f"{peer.package} {importlib.metadata.version(peer.package)}", "load_s": load}
+    if args.first_token:
+        peer.decode(np.arange(1, 6), 0)
+        _tell(result)
+        return
+    result |= {"decode_ms": {}, "prefill_s": {}}
     rng = np.random.default_rng(1)
     peer.decode(rng.integers(0, peer.n_vocab, N_REAL_TOKENS), 0)
     state = peer.state() if max(depths) else b""
@@ -196,7 +213,7 @@ def main() -> None:
             if repeated:
                 peer.set_state(repeated)
 
-        if args.n_gen:
+        if depth in decode_at:
             reach()
             times = []
             for i, token in enumerate(rng.integers(0, peer.n_vocab, args.n_gen + 1)):
@@ -204,14 +221,18 @@ def main() -> None:
                 peer.decode(np.array([token]), depth + i)
                 times.append((time.perf_counter() - start) * 1e3)
             result["decode_ms"][depth] = times[1:]
-        for _ in range(args.n_runs if args.n_prompt else 0):
+        for _ in range(args.n_runs if depth in prompt_at else 0):
             reach()
             tokens = rng.integers(0, peer.n_vocab, args.n_prompt)
             start = time.perf_counter()
             for i in range(0, args.n_prompt, 512):
                 peer.decode(tokens[i : i + 512], depth + i)
             result["prefill_s"].setdefault(depth, []).append(time.perf_counter() - start)
-    json.dump(result, sys.stdout)
+    _tell(result)
+
+
+def _tell(result: dict[str, Any]) -> None:
+    print("\n" + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

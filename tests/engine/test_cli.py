@@ -16,6 +16,7 @@ import engine
 from engine import cli, console, memory
 from engine.errors import ModelFormatError
 from engine.k_cache import TYPES_K, KCacheLayout
+from engine.parts import PARTS
 from engine.sampler import Sampling
 from engine.stream import Stats
 
@@ -204,7 +205,7 @@ def test_sampling_defaults_are_those_of_the_engine() -> None:
     fields = {name: defaults[name] for name in ("top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n")}
     assert Sampling(temperature=defaults["temp"], **fields) == Sampling()
     assert defaults["seed"] == -1
-    assert cli.TYPES_K == TYPES_K
+    assert (cli.TYPES_K, cli.PARTS) == (TYPES_K, PARTS)
 
 
 def test_help_names_the_commands() -> None:
@@ -226,10 +227,14 @@ def test_compiling_is_told_in_two_lines_where_stderr_is_no_terminal(capsys: pyte
 def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     case = {"type_k": "q8", "threads": 2, "depth": 4096}
+    shares = {"of_read": 0.25, "of_peak": 0.5}
+    parts = {name: {"ms": 5.0, **shares} for name in PARTS}
+    parts["rest"] = {"ms": 0.125, "of_read": None, "of_peak": None}
     result = {
         "model": "m.gguf",
-        "prefill": [{**case, "tokens": 512, "tokens_per_s": 1234.56}],
-        "decode": [{**case, "ms_per_token": 20.0, "min": 19.5, "max": 21.25}],
+        "limits": {"2": {"read_gb_s": 42.25, "f32_gmul_s": 240.0, "int8_gmul_s": 1000.0}},
+        "prefill": [{**case, "tokens": 512, "tokens_per_s": 1234.56, "min": 1200.0, "max": 1300.0, "parts": parts}],
+        "decode": [{**case, "ms_per_token": 20.0, "min": 19.5, "max": 21.25, "parts": parts}],
     }
 
     def run(path: str | None, **options: Any) -> dict[str, Any]:
@@ -242,8 +247,11 @@ def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) 
     assert callable(given.pop("progress"))
     lists = {"n_prompt": [512], "depths": [0, 4096], "threads": [1, 2], "type_k": ["f16", "q8"]}
     assert given == {"path": "m.gguf", "n_gen": 8, **lists}
-    assert "1,234.6" in done.stdout
-    assert "20.00 (19.50-21.25)" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert "2 threads 42.2 240 1,000".split() in lines
+    times = "5 50% 5 50% 5 50% 0.125".split()
+    assert ["50", "t/s", "q8", "2", "4,096", "20", "(19.5-21.2)", *times] in lines
+    assert ["512", "tokens", "q8", "2", "4,096", "1,235", "(1,200-1,300)", *times] in lines
     assert json.loads(konly("bench", "--json").stdout) == result
 
 
