@@ -87,7 +87,8 @@ def panel_product(type_id: int) -> Any:
 def _paired_steps(codes: quants.Codes) -> int:
     """Steps whose products of codes and int8 a 16-bit sum of pairs holds; 0 where the CPU sums fours at once.
 
-    Plain AVX2: 2 instructions for 32 products instead of 3, and one more a sum.
+    Plain AVX2: 2 instructions for 32 products instead of 3, and one more a sum. Zen 4 as Haswell, one thread, 512 rows,
+    2048 x 2048, G products/s, fours -> pairs: Q5_0 77 -> 95, Q6_K 76 -> 89; Q4_K in pairs 105; in f32 50, its peak 58.
     """
     if ISA.int8 or not ISA.avx2:
         return 0

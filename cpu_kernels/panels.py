@@ -10,6 +10,9 @@ The microkernel then runs over all rows for each panel. `kind` is what both side
     f32    F32 and F16 weights, and all where the CPU has nothing better
     int8   formats with codes (quants.Codes) on CPUs with dot products of four bytes; see int8_panels.py
     bf16   the rest
+
+Without AVX-512 a panel is 16 rows wide: 12 ymm of sums and nothing spilled, 16 KiB that leave room in the first cache.
+Zen 4 as Haswell, 512 rows of Q4_K in f32: 24 G products/s of 58 with panels of 32 rows, 50 with these.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def attention_kinds(type_k: str, mha: bool) -> tuple[str, str]:
         kind = "f32" if type_k == "f16" else ISA.panel
     else:
         kind = attention.products(type_k)
-    return kind, "bf16" if kind == "int8" else kind
+    return kind, ISA.panel if kind == "int8" else kind
 
 
 def matmul_kind(type_id: int, k: int, n_tok: int) -> str:

@@ -21,7 +21,7 @@ EVERY_KERNEL = (
     " or (test_every_type and not panels and (1- or F32 or Q4_K or Q6_K or Q5_0)) or (test_heads and 3-8)"
     " or (test_route_is and sigmoid and 5) or (test_experts_are_added and Q4_K and (3 or 65))"
 )
-DOTS = "(own_limit and q8) or (test_every_type and (17-Q8_0 or 17-Q4_K)) or int8_dot_is_exact"
+DOTS = "(own_limit and q8) or (test_every_type and (17-Q8_0 or 17-Q4_K)) or int8_dot_is_exact or has_a_limit"
 
 
 def run_tests(program: list[str], files: list[str], which: str, **env: str) -> None:
@@ -57,4 +57,5 @@ def test_kernels_with_another_cpu_s_dot_product_are_right(cpu: str, tmp_path: Pa
     if "avx2" not in FEATURES:
         pytest.skip("emulated on CPUs with AVX2 only")
     program = [str(HERE / "as_another_cpu.py"), cpu]
-    run_tests(program, ["test_attention.py", "test_matmul.py", "test_quants.py"], DOTS, KONLY_CACHE_DIR=str(tmp_path))
+    files = [f"test_{name}.py" for name in ("attention", "matmul", "quants", "roofline")]
+    run_tests(program, files, DOTS, KONLY_CACHE_DIR=str(tmp_path))
