@@ -22,8 +22,6 @@ from .simd import (
     VF,
     VI,
     A,
-    F,
-    I,
     V,
     Vector,
     W,
@@ -31,7 +29,6 @@ from .simd import (
     concat,
     const_i,
     fma_,
-    instruction,
     llvm_vector,
     load,
     offset,
@@ -129,16 +126,6 @@ def quad_sums(b, x, y, acc=None):
         p = b.mul(b.sext(x, V(I32, n)), b.sext(y, V(I32, n)))
         p = b.add(shuffle(b, p, p, range(0, n, 2)), shuffle(b, p, p, range(1, n, 2)))
     return p if acc is None else b.add(acc, p)
-
-
-@instruction(F, F, I, I)
-def dot_bf16(b, acc, x, y):
-    return dot(b, "bf16", acc, x, y)
-
-
-@instruction(I, I, I, I)
-def dot_u8s8(b, acc, x, y):
-    return dot(b, "u8s8", acc, x, y)
 
 
 def _rank1(mode, w_first, less_128=False):

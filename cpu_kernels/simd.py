@@ -12,7 +12,6 @@ imports Numba: only kernel factories do.
 from __future__ import annotations
 
 import operator
-import struct
 import sys
 
 from llvmlite import ir
@@ -195,12 +194,6 @@ def ld_bf16(b, a):
 
 
 @instruction(F, A)
-def ld_i8(b, a):
-    """16 int8 -> F"""
-    return b.sitofp(b.sext(load(b, a, V(I8, W)), VI), VF)
-
-
-@instruction(F, A)
 def ld_u8_16(b, a):
     """16 uint8 -> F"""
     return b.uitofp(b.zext(load(b, a, V(I8, W)), VI), VF)
@@ -251,33 +244,11 @@ def _scalar_store(name, argument):
 
 
 ld_scalar = _scalar_load("ld_scalar", types.float32, F32)
-ld_u8 = _scalar_load("ld_u8", types.uint8, I8)
 ld_i32 = _scalar_load("ld_i32", types.int32, I32)
 ld_i64 = _scalar_load("ld_i64", types.int64, I64)
 st_scalar = _scalar_store("st_scalar", types.float32)
-st_u8 = _scalar_store("st_u8", types.uint8)
 st_i32 = _scalar_store("st_i32", types.int32)
 st_i64 = _scalar_store("st_i64", types.int64)
-
-
-@instruction(types.float32, A)
-def ld_scalar_f16(b, a):
-    return b.fpext(load(b, a, F16), F32)
-
-
-@instruction(types.float32, A)
-def ld_scalar_bf16(b, a):
-    return b.bitcast(b.shl(b.zext(load(b, a, I16), I32), ir.Constant(I32, 16)), F32)
-
-
-@instruction(types.void, A, types.float32)
-def st_scalar_f16(b, a, v):
-    store(b, b.fptrunc(v, F16), a)
-
-
-@instruction(types.void, A, types.float32)
-def st_scalar_bf16(b, a, v):
-    store(b, b.extract_element(round_bf16(b, splat(b, v, 1)), ir.Constant(I32, 0)), a)
 
 
 @instruction(types.void, A)
@@ -337,12 +308,6 @@ def bc_ld(b, a):
     return splat(b, load(b, a, F32))
 
 
-@instruction(I, A)
-def bci_ld(b, a):
-    """The 32 bits at an address in all lanes"""
-    return splat(b, load(b, a, I32))
-
-
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -396,11 +361,6 @@ def vabs(b, x):
     return call(b, "llvm.fabs.v16f32", VF, [x])
 
 
-@instruction(F, F)
-def vsqrt(b, x):
-    return call(b, "llvm.sqrt.v16f32", VF, [x])
-
-
 @instruction(F, I)
 def to_f(b, x):
     return b.sitofp(x, VF)
@@ -410,16 +370,6 @@ def to_f(b, x):
 def to_i(b, x):
     """Round to nearest even"""
     return b.fptosi(call(b, "llvm.rint.v16f32", VF, [x]), VI)
-
-
-@instruction(F, I)
-def as_f(b, x):
-    return b.bitcast(x, VF)
-
-
-@instruction(I, F)
-def as_i(b, x):
-    return b.bitcast(x, VI)
 
 
 @instruction(I, I, types.int32)
@@ -437,13 +387,6 @@ def shr(b, x, n):
 def where_lt(b, x, y, yes, no):
     """yes where x < y (signed), else no"""
     return b.select(b.icmp_signed("<", x, y), yes, no)
-
-
-@instruction(types.boolean, F, F)
-def any_gt(b, x, y):
-    """Whether any lane of x is greater than y's"""
-    mask = b.bitcast(b.fcmp_ordered(">", x, y), ir.IntType(W))
-    return b.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(W), 0))
 
 
 def reduce_add(b, x):
@@ -575,7 +518,3 @@ def unpack(kinds):
         return result(types.intp), emit
 
     return arguments
-
-
-def f32_bits(value: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0]
