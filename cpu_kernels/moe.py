@@ -19,7 +19,7 @@ from . import panels, quants
 from ._jit import kernel
 from .check import array, rows_f32
 from .ffn import silu_times, swiglu
-from .matmul import MAX_DOT_TOKENS, TILE_BYTES, quantised
+from .matmul import MAX_DOT_TOKENS, quantised, tile_rows
 from .panels import MAX_ROWS, PACKED_BYTES, PANEL_BYTES, PANEL_ROWS
 
 
@@ -84,7 +84,7 @@ def _slots(
 ) -> None:
     _, n_rows, k = w.shape
     expert, row = w.data.strides[:2]
-    n_block = max(1, TILE_BYTES // row)
+    n_block = tile_rows(run, n_rows, row, ids.size)
     args = (w.data, expert, row, n_rows, n_block, ids, acts, stride, slots_per_x, out, k)
     run.launch(expert_rows(type_id=w.type.id), ids.size * -(-n_rows // n_block), args, barrier)
 

@@ -251,12 +251,16 @@ st_i32 = _scalar_store("st_i32", types.int32)
 st_i64 = _scalar_store("st_i64", types.int64)
 
 
-@instruction(types.void, A)
-def prefetch(b, a):
-    """Bring the cache line at an address towards L2."""
+def prefetch_(b, a):
     ty = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
     function = cgutils.get_or_insert_function(b.module, ty, "llvm.prefetch.p0")
     b.call(function, [pointer(b, a)] + [ir.Constant(I32, v) for v in (0, 2, 1)])
+
+
+@instruction(types.void, A)
+def prefetch(b, a):
+    """Bring the cache line at an address towards L2."""
+    prefetch_(b, a)
 
 
 # -------------------------------------------------------------------------------------------------- rearranging

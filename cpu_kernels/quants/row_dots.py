@@ -28,7 +28,7 @@ from ..simd import (
     instruction,
     load,
     offset,
-    prefetch,
+    prefetch_,
     reduce_add,
     shuffle,
 )
@@ -39,11 +39,10 @@ THREE = Regs("f", 3, 1)
 AHEAD = 8192  # bytes
 
 
-@device
-def ask_for(address, nbytes):
+def ask_for(b, address, nbytes):
     """Prefetch what lies AHEAD of nbytes at an address; it may be beyond the weights."""
     for i in range(0, nbytes, 64):
-        prefetch(address + AHEAD + i)
+        prefetch_(b, offset(b, address, AHEAD + i))
 
 
 def over_floats(decode, block, nbytes):
@@ -62,6 +61,7 @@ def over_floats(decode, block, nbytes):
 
     @instruction(F, F, A, A)
     def many(b, acc, w, x):
+        ask_for(b, w, step * nbytes)
         return emit(b, acc, w, x, step)
 
     @instruction(F, F, A, A)
@@ -73,7 +73,6 @@ def over_floats(decode, block, nbytes):
         acc = bc(types.float32(0))
         i = 0
         while i + step * block <= k:
-            ask_for(w, step * nbytes)
             acc = many(acc, w, x)
             w += step * nbytes
             x += step * block * 4
@@ -93,13 +92,13 @@ def over_blocks(emit, nbytes):
 
     @instruction(F, F, A, A)
     def block(b, acc, w, x):
+        ask_for(b, w, nbytes)
         return emit(b, acc, w, x)
 
     @device
     def row_dot(w, x, k):
         acc = bc(types.float32(0))
         for _ in range(k // 256):
-            ask_for(w, nbytes)
             acc = block(acc, w, x)
             w += nbytes
             x += BLOCK_256
@@ -118,6 +117,7 @@ def over_fours(codes, nbytes, centre):
 
     @instruction(THREE, THREE, A, A, A, A, A, A)
     def four(b, sums, w0, w1, w2, w3, x, factors):
+        ask_for(b, w0, 4 * nbytes)
         blocks = (w0, w1, w2, w3)
         d = halves(b, *blocks)
         scales = b.fmul(d, load(b, factors, V(F32, 4)))
@@ -147,7 +147,6 @@ def over_fours(codes, nbytes, centre):
         factors = x + (k + 127) // 128 * 128
         i = 0
         while i + 128 <= k:
-            ask_for(w, 4 * nbytes)
             sums = four(sums, w, w + nbytes, w + 2 * nbytes, w + 3 * nbytes, x, factors)
             w += 4 * nbytes
             x += 128
