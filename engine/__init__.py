@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .errors import Cancelled as Cancelled
     from .errors import ContextFullError as ContextFullError
     from .errors import EngineError as EngineError
+    from .errors import GrammarError as GrammarError
     from .errors import ModelFormatError as ModelFormatError
     from .errors import SessionError as SessionError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .grammar import Grammar as Grammar
     from .k_cache import KCacheLayout as KCacheLayout
-    from .sampler import Sampling as Sampling
+    from .sampling import Sampling as Sampling
     from .stream import Stream as Stream
 
 _ERRORS = (
@@ -31,12 +33,14 @@ _ERRORS = (
     "ContextFullError",
     "BackendError",
     "SessionError",
+    "GrammarError",
     "Cancelled",
 )
 _HOME = {
     "Engine": "engine",
     "Stream": "stream",
-    "Sampling": "sampler",
+    "Sampling": "sampling",
+    "Grammar": "grammar",
     "KCacheLayout": "k_cache",
     **dict.fromkeys(_ERRORS, "errors"),
 }

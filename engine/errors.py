@@ -6,6 +6,7 @@ EngineError                  catch this one: each message says where, what was f
  ├─ ContextFullError         the tokens do not fit n_ctx
  ├─ BackendError             the device or its kernels cannot do what was asked
  ├─ SessionError             a saved session does not belong to this model, or is damaged
+ ├─ GrammarError             a grammar or JSON schema is wrong, unsupported or too large
  └─ Cancelled                the caller asked to stop
 """
 
@@ -32,6 +33,10 @@ class BackendError(EngineError):
 
 class SessionError(EngineError):
     """A saved session is damaged, or belongs to another model."""
+
+
+class GrammarError(EngineError):
+    """A grammar, or JSON schema, is wrong, not supported or too large; or the text does not follow it."""
 
 
 class Cancelled(EngineError):
