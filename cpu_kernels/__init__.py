@@ -6,6 +6,7 @@ The names below are the vocabulary of ops (engine/backend.py draws it), and what
 from . import roofline as roofline
 from .attention import mla_decode as mla_decode
 from .ffn import swiglu as swiglu
+from .k_cache import k_shift as k_shift
 from .k_cache import k_store as k_store
 from .k_cache import rotate_query as rotate_query
 from .k_cache import unrotate_output as unrotate_output

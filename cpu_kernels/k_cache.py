@@ -177,6 +177,47 @@ def k_store(
     )
 
 
+@kernel
+def turn_row(type_k, neox):
+    """One row a tile: its rope part, from a copy in 16 bits."""
+    from .simd import bc, ld, ld_bf16, ld_f16, st, st_bf16, st_f16, vmax, vmin
+
+    rotate = rotation(neox)
+
+    def body(tile, scratch, rope, cos_sin, cos_sin_stride, rows, row_stride, offset, R):
+        rope += tile * 2 * R
+        row = rows + tile * row_stride + offset
+        for i in range(0, R, 16):
+            st(scratch + 4 * i, ld_f16(rope + 2 * i) if type_k == "f16" else ld_bf16(rope + 2 * i))
+        rotate(scratch, cos_sin + tile * cos_sin_stride, scratch, R)
+        for i in range(0, R, 16):
+            v = ld(scratch + 4 * i)
+            if type_k == "f16":
+                st_f16(row + 2 * i, vmax(vmin(v, bc(65504.0)), bc(-65504.0)))
+            else:
+                st_bf16(row + 2 * i, v)
+
+    return body
+
+
+def k_shift(
+    run: Any, rope: np.ndarray, cos_sin: np.ndarray, rows: np.ndarray, type_k: str, kv_lora_rank: int, n_rot: int,
+    neox: bool = False,
+) -> None:  # fmt: skip
+    """The rope part of the first n of rows (n_ctx, row_stride) u8 = rope (n, n_rot) u16, turned by cos_sin (n, n_rot) f32.
+
+    rope is in the 16 bits that rows have it in; the latent is neither read nor written.
+    """
+    n, _ = array("rope", rope, np.uint16, 2)
+    _check(rows, type_k, kv_lora_rank, n_rot)
+    rows_f32("cos_sin", cos_sin, 2, (n, n_rot))
+    if rope.shape != (n, n_rot) or n > len(rows):
+        raise ValueError(f"rope is {rope.shape} for {len(rows)} rows with {n_rot} rope values")
+    offset = kv_lora_rank if type_k == "q8" else 2 * kv_lora_rank
+    args = (np.ascontiguousarray(rope), cos_sin, cos_sin.strides[0], rows, rows.strides[0], offset, n_rot)
+    run.launch(turn_row(type_k=type_k, neox=neox), n, args)
+
+
 def rotate_query(run: Any, q: np.ndarray, norm_weight: np.ndarray, kv_lora_rank: int) -> None:
     """The latent part of q (n_tok, n_head, kv_lora_rank + n_rot) f32 becomes H(γ ⊙ q), in place; for type_k q8."""
     n_tok, n_head, _ = rows_f32("q", q, 3)

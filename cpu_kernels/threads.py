@@ -391,6 +391,13 @@ class Tape:
             self._program = self._assemble()
         return self._program.ctypes.data
 
+    def progress(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By job, of its last execution: tiles that were asked for (up to a thread too many), finished, and in all."""
+        assert self._program is not None
+        words = self._program[: JOB_WORDS * self.n_jobs].reshape(self.n_jobs, JOB_WORDS)
+        tiles = [int(n[0]) if isinstance(n, np.ndarray) else n for _, n, _, _ in self._jobs]
+        return words[:, NEXT].copy(), words[:, DONE].copy(), np.array(tiles, np.int64)
+
     def _assemble(self) -> np.ndarray:
         n_args = sum(len(args) + 1 for _, _, args, _ in self._jobs)
         memory = np.zeros(JOB_WORDS * self.n_jobs + n_args + 8, np.int64)

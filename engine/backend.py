@@ -11,6 +11,7 @@ queues work on `run`, its first argument. Arrays are (rows, …) f32 with the la
     matmul_heads(run, weight, x, out)                    out[t, h] = weight[h] @ x[t, h]
     rope(run, x, cos_sin, out, neox=False)               out may be x
     k_store(run, kv_a, norm_weight, eps, cos_sin, positions, rows, type_k, kv_lora_rank, n_rot, neox)
+    k_shift(run, rope, cos_sin, rows, type_k, kv_lora_rank, n_rot, neox)         turns the rope part of the first rows
     rotate_query(run, q, norm_weight, kv_lora_rank) · unrotate_output(run, x, norm_weight)          for type_k q8
     mla_decode(run, q, rows, type_k, n_kv, kv_lora_rank, n_rot, kq_scale, out)                      MQA mode
     mla_prefill(run, q, rows, type_k, n_past, kv_lora_rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)  MHA mode

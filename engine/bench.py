@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from .engine import Engine
+from .model import Progress
 from .parts import PARTS, by_part, work_of
-from .stream import Progress, Stream
+from .stream import Stream
 
 N_REAL_TOKENS = 256
 N_PREFILL_RUNS = 3

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from importlib.resources import as_file, files
+from typing import Unpack
 
 from . import backend as backends
 from . import models
 from .errors import EngineError
 from .gguf_file import read
 from .hparams import HParams
-from .stream import MIN_MHA_TOKENS, Model, Progress, Stream
+from .model import MIN_MHA_TOKENS, Model, Progress
+from .prefixes import Prefixes
+from .request import Arguments
+from .stream import Stream
 from .tokenizer import Tokenizer
 
 DEFAULT_MODEL = "tiny-mla-tales-Q8_0.gguf"
 DEFAULT_N_CTX = 4096
 MAX_N_CTX = 1 << 24
+DEFAULT_PREFIX_BYTES = 512 << 20
 
 
 class Engine(Stream):
@@ -28,6 +34,7 @@ class Engine(Stream):
     n_threads  None: one for each physical core
     n_ubatch   tokens of a prompt that are computed together
     min_mha_tokens   steps of so many tokens expand K and V from the cache (MHA mode), shorter ones absorb (MQA mode)
+    prefix_bytes     memory for prompts that streams come back to (prefixes.py); 0: none
     backend    'cpu' | 'gpu' | 'auto'
     progress   called as progress(done, total, name) while kernels are compiled: at first use on this machine
 
@@ -42,6 +49,7 @@ class Engine(Stream):
         n_threads: int | None = None,
         n_ubatch: int = 512,
         min_mha_tokens: int = MIN_MHA_TOKENS,
+        prefix_bytes: int = DEFAULT_PREFIX_BYTES,
         backend: str = "cpu",
         progress: Progress | None = None,
     ):
@@ -49,13 +57,25 @@ class Engine(Stream):
         n_threads = None if n_threads is None else _count("n_threads", n_threads)
         n_ubatch = _count("n_ubatch", n_ubatch)
         min_mha_tokens = _count("min_mha_tokens", min_mha_tokens)
+        prefix_bytes = _count("prefix_bytes", prefix_bytes, low=0)
         ops = backends.ops(backend)
         self.path = os.fsdecode(path if path is not None else default_model())
         file = read(self.path)
         hparams = HParams.from_gguf(file)
         weights = models.build(hparams, file, ops)
         tokenizer = Tokenizer.from_gguf(file)
-        model = Model(weights, hparams, tokenizer, ops, n_threads, n_ubatch, min_mha_tokens, progress)
+        model = Model(
+            file,
+            weights,
+            hparams,
+            tokenizer,
+            ops,
+            Prefixes(prefix_bytes),
+            n_threads,
+            n_ubatch,
+            min_mha_tokens,
+            progress,
+        )
         super().__init__(model, n_ctx or min(hparams.n_ctx_train, DEFAULT_N_CTX), type_k)
 
     def stream(self, n_ctx: int | None = None, type_k: str | None = None) -> Stream:
@@ -63,15 +83,29 @@ class Engine(Stream):
         n_ctx = self.n_ctx if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
         return Stream(self.model, n_ctx, self.type_k if type_k is None else type_k)
 
+    def generate_many(
+        self, prompts: Sequence[str | Sequence[int]], n_parallel: int = 8, **arguments: Unpack[Arguments]
+    ) -> list[str]:
+        """The texts that continue several prompts, computed side by side: one pass over the weights serves them all.
 
-def _count(name: str, value: object, high: int | None = None) -> int:
+        n_parallel   how many at once, 1 to 16, each with a cache of its own
+        Other arguments as generate(), for every prompt alike. Each text is what its stream would give alone.
+        Cancelled after cancel(): nothing is returned.
+        """
+        from .batch import generate_many
+
+        return generate_many(self, prompts, n_parallel, arguments)
+
+
+def _count(name: str, value: object, high: int | None = None, low: int = 1) -> int:
     """The value as an int; any integer will do, a bool will not."""
     try:
         n = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        n = 0
-    if n < 1 or isinstance(value, bool) or (high is not None and n > high):
-        expected = "a positive integer" if high is None else f"an integer from 1 to {high:,}"
+        n = -1
+    if n < low or isinstance(value, bool) or (high is not None and n > high):
+        at_least = "a positive integer" if low == 1 else f"an integer, {low} or more"
+        expected = at_least if high is None else f"an integer from {low} to {high:,}"
         raise EngineError(f"{name} is {value!r}; expected {expected}")
     return n
 

@@ -6,11 +6,18 @@ positions, n_kv, angles) are arrays that kernels read, so the recording of a sho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from .hparams import HParams
+from .k_cache import KCache
+from .layers.rope import fill_cos_sin
+
+Part = tuple[slice, list[np.ndarray]]
 
 
 class Buffers:
@@ -28,24 +35,37 @@ class Buffers:
 
 
 class Step:
-    """One step of n_tok tokens after n_past.
+    """One step of n_tok tokens.
 
-    mha       attention in MHA mode (expanded K and V) rather than absorbed; n_past is then part of the recording
-    tokens, positions, n_kv   (n_tok,) int32      cos_sin   (n_tok, n_rot) f32      x   (n_tok, n_embd) f32
+    parts   (slice of the tokens, rows by layer) for each cache that takes part: one, or one for each stream of a batch
+    n_past  tokens of that one cache before the step; part of the recording in MHA mode
+    mha     attention in MHA mode (expanded K and V) rather than absorbed
+    tokens, positions, n_kv   (n_tok,) int32; positions are rows of the cache
+    cos_sin (n_tok, n_rot) f32      x (n_tok, n_embd) f32
     """
 
     def __init__(
-        self, ops: ModuleType, run: Any, buffers: Buffers, n_tok: int, n_past: int, mha: bool, type_k: str, n_rot: int,
-        n_embd: int,
+        self, ops: ModuleType, run: Any, buffers: Buffers, hp: HParams, parts: Sequence[Part], type_k: str,
+        n_past: int = 0, mha: bool = False,
     ):  # fmt: skip
         self.ops, self.run, self.type_k = ops, run, type_k
-        self.n_tok, self.n_past, self.mha = n_tok, n_past, mha
+        self.parts, self.n_past, self.mha = parts, n_past, mha
+        self.n_tok = parts[-1][0].stop
         self._buffers = buffers
+        self._inv_freq, self._magnitude = hp.inv_freq, hp.rope_magnitude
         self.tokens, self.positions, self.n_kv = (
-            buffers.get(name, 1, np.int32)[:n_tok, 0] for name in ("tokens", "positions", "n_kv")
+            buffers.get(name, 1, np.int32)[: self.n_tok, 0] for name in ("tokens", "positions", "n_kv")
         )
-        self.cos_sin = self.array("cos_sin", n_rot)
-        self.x = self.array("x", n_embd)
+        self.cos_sin = self.array("cos_sin", hp.n_rot)
+        self.x = self.array("x", hp.n_embd)
+
+    def fill(self, some: slice, tokens: np.ndarray, cache: KCache) -> None:
+        """What one part of the step is to be: tokens that go to the end of a cache."""
+        self.tokens[some] = tokens
+        rows = cache.n_kv + np.arange(len(tokens))
+        self.positions[some] = rows
+        self.n_kv[some] = rows + 1
+        fill_cos_sin(rows + cache.first_position, self._inv_freq, self._magnitude, self.cos_sin[some])
 
     def array(self, name: str, *shape: int, dtype: Any = np.float32) -> np.ndarray:
         """(n_tok, *shape), contents undefined; the same memory for the same name in every layer."""

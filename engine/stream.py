@@ -1,65 +1,30 @@
 """Stream: one conversation with a model: a K-cache, a position, and the buffers of a step. Engine is one, too.
 
-`step(tokens) -> logits` is the whole truth; `generate` is step in a loop with a sampler.
+`step(tokens) -> logits` is the whole truth; `generate` is step in a loop with a sampler (generation.py).
 """
 
 from __future__ import annotations
 
+import os
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
+from . import generation
 from .errors import Cancelled, ContextFullError, EngineError, UnsupportedModelError
-from .hparams import HParams
+from .generation import Response, Stats
 from .k_cache import KCache, KCacheLayout
 from .layers.mla import MAX_DECODE_TOKENS
 from .layers.rope import fill_cos_sin
-from .models.deepseek2 import DeepSeek2
-from .sampler import Sampler, Sampling
+from .model import Model
+from .prefixes import MIN_TOKENS, End, common
+from .request import Arguments
 from .step import Buffers, Step
-from .stopping import StopStrings
-from .tokenizer import Tokenizer
 
-# Query tokens of a step from which K and V are expanded (MHA mode) instead of absorbed. By operations the two are
-# equal at 85 (MiniCPM3), 171 (DeepSeek) and 398 (GLM-4.7-Flash) tokens; expanded panels run nearer to the peak.
-MIN_MHA_TOKENS = 64
-
-Progress = Callable[[int, int, str], None]
 Recording = tuple[Step, Any, np.ndarray | None]  # inputs, tape, logits
-
-
-@dataclass(frozen=True)
-class Model:
-    """What streams share, all of it read-only."""
-
-    weights: DeepSeek2
-    hparams: HParams
-    tokenizer: Tokenizer
-    ops: ModuleType
-    n_threads: int | None
-    n_ubatch: int
-    min_mha_tokens: int
-    progress: Progress | None
-
-
-@dataclass
-class Stats:
-    """Of one generate(). Times in seconds, without compiling, and without what the caller does between pieces.
-
-    The first token comes out of the prompt's logits, so t_generated is that of n_generated - 1 steps.
-    """
-
-    n_prompt: int = 0
-    t_prompt: float = 0.0
-    n_generated: int = 0
-    t_generated: float = 0.0
-    finish_reason: str | None = None  # 'stop' | 'length' | 'cancelled'; None while it runs, or if it failed
 
 
 class Stream:
@@ -71,10 +36,10 @@ class Stream:
         self.cache = KCache(KCacheLayout(hp.n_layer, n_ctx, hp.kv_lora_rank, hp.n_rot, type_k))
         self.stats = Stats()
         self.n_ubatch = min(model.n_ubatch, n_ctx)
+        self._tokens: list[int] = []
+        self._end: End | None = None  # of the last prompt
         self._run = model.ops.Run(model.n_threads)
         self._buffers = Buffers(self.n_ubatch)
-        self._inv_freq = hp.inv_freq
-        self._n_text = min(hp.n_vocab, model.tokenizer.n_vocab)  # some files have more logits than tokens
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._compiled: set[int] = set()
         self._busy = threading.Lock()
@@ -88,6 +53,7 @@ class Stream:
             self._closed = True
             self._recordings.clear()
             self._buffers = Buffers(0)
+            self._tokens = []
             self.cache.release()
 
     # ------------------------------------------------------------------------------------------------- the cache
@@ -101,6 +67,16 @@ class Stream:
     def n_kv(self) -> int:
         """Tokens in the cache."""
         return self.cache.n_kv
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the tokens in the cache, in order; a copy."""
+        return self._tokens.copy()
+
+    @property
+    def first_position(self) -> int:
+        """RoPE position of the first of them: 0 until a shift."""
+        return self.cache.first_position
 
     @property
     def type_k(self) -> str:
@@ -118,11 +94,90 @@ class Stream:
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens. EngineError unless 0 <= n <= n_kv."""
         with self._alone():
-            self.cache.truncate(n)
+            self._truncate(n)
 
     def clear(self) -> None:
         """Forget all tokens."""
         self.truncate(0)
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Forget n_discard tokens after the first n_keep, so that there is room for new ones; nothing is computed again.
+
+        The others stay as they are; the first n_keep move up to them: their rope part is turned (k_cache.py), their
+        latent is not touched. EngineError for what is negative, no integer, or more than n_kv in all.
+        """
+        with self._alone():
+            self._shift(n_keep, n_discard)
+
+    def save(self, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+        """Write tokens and rows to a session file, whole or not at all; extra: JSON to keep with them. SessionError."""
+        from . import session
+
+        with self._alone():
+            session.save(self, path, extra)
+
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on where save() was called: its extra. SessionError if the file is damaged or foreign; nothing changes."""
+        from . import session
+
+        with self._alone():
+            return session.load(self, path)
+
+    def _truncate(self, n: int) -> None:
+        self.cache.truncate(n)
+        del self._tokens[self.n_kv :]
+        if self._end is not None and self._end.n > self.n_kv:
+            self._end = None
+
+    def _shift(self, n_keep: int, n_discard: int) -> None:
+        cache, ops, hp = self.cache, self.model.ops, self.hparams
+        cache.check_drop(n_keep, n_discard)
+        if not n_discard:
+            return
+        self._end = None
+        try:
+            cache.drop(n_keep, n_discard)
+            del self._tokens[n_keep : n_keep + n_discard]
+            cos_sin = np.empty((n_keep, hp.n_rot), np.float32)
+            turns = np.arange(n_keep) + cache.first_position - cache.head.positions
+            fill_cos_sin(turns, hp.inv_freq, 1.0, cos_sin)
+            self._run.take()
+            for il in range(hp.n_layer if n_keep else 0):
+                ops.k_shift(
+                    self._run, cache.head.rope[il], cos_sin, cache.rows[il], self.type_k, hp.kv_lora_rank, hp.n_rot
+                )
+            self._run.cancel[0] = 0
+            self._run.sync()
+        except BaseException:  # Ctrl-C between two layers: rows that are half moved are no rows
+            self._truncate(0)
+            raise
+
+    def _restore(self, tokens: Sequence[int], first_position: int, rows: Sequence[np.ndarray]) -> None:
+        """Hold these tokens and their rows, rows[il] (n, row_stride) u8, instead of what there is; checked before."""
+        self._truncate(0)
+        self.cache.restore(rows, first_position)
+        self._tokens = [int(token) for token in tokens]
+
+    def _reuse(self, ids: Sequence[int]) -> int:
+        """Hold as many of the first of these tokens as the cache knows, or the model's prefixes; how many that are.
+
+        All of them only if the logits after the last one are known, too. What the cache loses may become a prefix.
+        """
+        prefixes = self.model.prefixes
+        n = common(self._tokens, ids)
+        prefix, n_prefix = prefixes.longest(self.cache, ids, n + MIN_TOKENS)
+        if self.n_kv - n >= MIN_TOKENS:
+            prefixes.keep(self.cache, self._tokens, self._end)
+        if prefix is not None:
+            n = min(n_prefix, self.n_ctx)
+            self._restore(ids[:n], prefix.first_position, [rows[:n] for rows in prefix.rows])
+            self._end = prefix.end
+        elif self.first_position and n < MIN_TOKENS:
+            n = 0  # positions begin at 0 again
+        if n == len(ids) and (self._end is None or self._end.n != n):
+            n -= 1
+        self._truncate(n)
+        return n
 
     # --------------------------------------------------------------------------------------------------- a step
 
@@ -137,35 +192,39 @@ class Stream:
             if logits not in ("last", "all"):
                 raise EngineError(f"logits is {logits!r}; expected 'last' or 'all'")
             self._run.cancel[0] = 0
-            return self._step(ids, every=logits == "all")
+            rows = self._step(ids, len(ids) if logits == "all" else 1)
+            return rows if logits == "all" else rows[0]
 
     def cancel(self) -> None:
         """Stop a step or generate() that runs in another thread: it raises Cancelled, or ends, at the next tile."""
         self._run.cancel[0] = 1
 
-    def _step(self, ids: np.ndarray, every: bool) -> np.ndarray:
+    def _step(self, ids: np.ndarray, n_logits: int, progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """(n_logits, n_vocab): of the last tokens. progress: called with the tokens that are done, between ubatches."""
         pieces = []
         for start in range(0, len(ids), self.n_ubatch):
+            if progress is not None:
+                progress(start)
             ubatch = ids[start : start + self.n_ubatch]
-            last = start + len(ubatch) == len(ids)
-            out = self._ubatch(ubatch, len(ubatch) if every else int(last))
+            after = len(ids) - start - len(ubatch)
+            out = self._ubatch(ubatch, min(len(ubatch), max(0, n_logits - after)))
             if out is not None:
                 pieces.append(out.copy())
-        return np.concatenate(pieces) if every else pieces[-1][0]
+        if progress is not None:
+            progress(len(ids))
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def _ubatch(self, ids: np.ndarray, n_logits: int) -> np.ndarray | None:
         """Execute one step of at most n_ubatch tokens; a view of its logits."""
-        n_tok, n_past = len(ids), self.cache.n_kv
-        step, tape, logits = self._recording(n_tok, n_past, n_logits)
-        step.tokens[:] = ids
-        step.positions[:] = np.arange(n_past, n_past + n_tok)
-        step.n_kv[:] = step.positions + 1
-        fill_cos_sin(step.positions, self._inv_freq, self.hparams.rope_magnitude, step.cos_sin)
+        n_tok = len(ids)
+        step, tape, logits = self._recording(n_tok, self.n_kv, n_logits)
+        step.fill(slice(0, n_tok), ids, self.cache)
         try:
             self._run.replay(tape)
         except self.model.ops.Cancelled:
             raise Cancelled("the step was cancelled") from None
         self.cache.append(n_tok)
+        self._tokens += ids.tolist()
         return logits
 
     def _recording(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
@@ -180,16 +239,10 @@ class Stream:
         return recording
 
     def _record(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
-        hp, ops = self.hparams, self.model.ops
         mha = n_tok >= self.model.min_mha_tokens
-        step = Step(ops, self._run, self._buffers, n_tok, n_past, mha, self.type_k, hp.n_rot, hp.n_embd)
-        logits = np.empty((n_logits, hp.n_vocab), np.float32) if n_logits else None
-        self._run.take()  # what Ctrl-C may have left of an earlier one
-        try:
-            self.model.weights.forward(step, self.cache.rows, logits)
-        except ValueError as error:
-            raise UnsupportedModelError(f"this model has a shape that no kernel runs: {error}") from error
-        return step, self._run.take(), logits
+        parts = [(slice(0, n_tok), self.cache.rows)]
+        step = Step(self.model.ops, self._run, self._buffers, self.hparams, parts, self.type_k, n_past, mha)
+        return record(self.model, step, n_logits)
 
     def _compile(self, n_prompt: int) -> None:
         """Have all kernels at hand that a prompt of this length, and the tokens after it, need: one wait, not two."""
@@ -238,95 +291,69 @@ class Stream:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(ids)
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        sampling: Sampling | None = None,
-        **fields: Any,
-    ) -> Generator[str, None, None]:
-        """Continue a prompt from an empty cache; an iterator of pieces of text, whole characters each.
+    def stream_generate(
+        self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]
+    ) -> Generator[Response, None, None]:
+        """Continue a prompt; an iterator of Responses: pieces of text, each with its token and what it took.
 
-        prompt       text (tokenised with BOS as the file says, control tokens in it are plain text), or token ids
-        max_tokens   None: until the model ends or the context is full
-        stop         strings that end the text; they are not part of it, not even in halves
-        sampling     or its fields as keywords: temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
+        prompt          text (tokenised with BOS as the file says, control tokens in it are plain text), or token ids.
+                        What the cache holds of its beginning is not computed again
+        max_tokens      None: until the model ends or the context is full
+        stop            strings that end the text; they are not part of it, not even in halves
+        sampling        a Sampling, or its fields as keywords: temperature, top_k, top_p, min_p, seed, …
+        context_shift   True: when the context is full, forget half of what follows the first n_keep tokens, and go on
+        n_keep          None: the BOS token, if the prompt begins with it
+        logits_processor   callables (ids so far, logits) that change the logits in place, or return others
+        grammar         a Grammar that the text follows
+        logprobs        n: each Response carries log probabilities, and the n most probable alternatives
+        speculate       True: guess what follows from what came before, and verify many tokens in one step; the text is
+                        the same, and comes faster where it repeats itself
+        progress        called as progress(done, total) with tokens of the prompt
 
         Wrong arguments, and a prompt that does not fit n_ctx, raise at the call, before any work. Closing the iterator
         ends the generation; `stats` tells what it did.
         """
-        sampling = _sampling(sampling, fields)
-        if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 0):
-            raise EngineError(f"max_tokens is {max_tokens!r}; expected 0 or more, or None")
-        stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
-        ids = self._prompt(prompt)
-        with self._alone():
-            self._checked(ids, 0)
-            self.cache.truncate(0)
-            self._run.cancel[0] = 0
-            self._compile(len(ids))
-            self.stats = Stats(n_prompt=len(ids))
-        return self._pieces(ids, max_tokens, stops, Sampler(sampling, self._n_text), self.stats)
+        return generation.start(self, prompt, arguments)
 
-    def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
-            raise EngineError(f"prompt is of type {type(prompt).__name__}; expected text or token ids")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise EngineError("the prompt is empty, and the model has no BOS token to start from")
-        return ids
+    def generate(self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]) -> Generator[str, None, None]:
+        """Continue a prompt; an iterator of pieces of text, whole characters each. Arguments as stream_generate has."""
+        return generation.texts(self.stream_generate(prompt, **arguments))
 
-    def _pieces(
-        self, history: list[int], max_tokens: int | None, stops: StopStrings, sampler: Sampler, stats: Stats
+    def agenerate(self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]) -> AsyncGenerator[str, None]:
+        """`async for piece in stream.agenerate(prompt)`: as generate, computed in another thread.
+
+        A cancelled task, or closing the iterator, stops the step that runs.
+        """
+        return generation.in_thread(self, self.generate(prompt, **arguments))
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: dict[str, Any] | None = None,
+        **arguments: Unpack[Arguments],
     ) -> Generator[str, None, None]:
-        text = self.tokenizer.stream(at_start=False)
-        try:
-            start = time.perf_counter()
-            logits = self._continue(history, 0, stats)
-            stats.t_prompt = time.perf_counter() - start
-            while max_tokens is None or stats.n_generated < max_tokens:
-                start = time.perf_counter()
-                if stats.n_generated:
-                    logits = self._continue(history[-1:], len(history) - 1, stats)
-                token = sampler.sample(logits[: self._n_text], history)
-                stats.n_generated += 1
-                stats.t_generated += time.perf_counter() - start
-                if token in self.tokenizer.eog_ids:
-                    stats.finish_reason = "stop"
-                    break
-                history.append(token)
-                if piece := stops.push(text.push(token)):
-                    yield piece
-                if stops.found:
-                    stats.finish_reason = "stop"
-                    return
-                if len(history) > self.n_ctx:
-                    break
-            stats.finish_reason = stats.finish_reason or "length"
-        except Cancelled:
-            stats.finish_reason = "cancelled"
-        except (KeyboardInterrupt, GeneratorExit):
-            stats.finish_reason = "cancelled"
-            raise
-        if piece := stops.push(text.flush()) + stops.flush():
-            yield piece
+        """The answer to messages, [{"role": "user", "content": …}, …], put together by the file's chat template.
 
-    def _continue(self, tokens: list[int], n_past: int, stats: Stats) -> np.ndarray:
-        """A step of the text that `stats` belongs to, if nothing else has used the stream in between."""
-        with self._alone():
-            if self.stats is not stats or self.n_kv != n_past:
-                raise EngineError(
-                    "something else used this stream before the text ended; take engine.stream() for a second one"
-                )
-            return self._step(self._checked(tokens, n_past), every=False)
+        EngineError if the file has none, or the template refuses the messages. Other arguments as generate.
+        """
+        template = self.model.template
+        if template is None:
+            raise EngineError("this model has no chat template; use generate(), or put the prompt together yourself")
+        ids = template.tokens(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
+        )
+        return self.generate(ids, **arguments)
 
 
-def _sampling(sampling: Sampling | None, fields: dict[str, Any]) -> Sampling:
-    """One Sampling of what generate() was given."""
-    if sampling is not None and fields:
-        raise EngineError(f"give either sampling or {', '.join(fields)}, not both")
-    if unknown := set(fields) - set(Sampling.__dataclass_fields__):
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise EngineError(f"unknown sampling fields: {', '.join(sorted(unknown))}; known: {known}")
-    return sampling or Sampling(**fields)
+def record(model: Model, step: Step, n_logits: int) -> Recording:
+    """Queue a step: its inputs, its tape, and where its logits will be, (n_logits, n_vocab)."""
+    logits = np.empty((n_logits, model.hparams.n_vocab), np.float32) if n_logits else None
+    step.run.take()  # what Ctrl-C may have left of an earlier one
+    try:
+        model.weights.forward(step, logits)
+    except ValueError as error:
+        raise UnsupportedModelError(f"this model has a shape that no kernel runs: {error}") from error
+    return step, step.run.take(), logits

@@ -38,8 +38,8 @@ class MLA:
     output: QuantTensor  # (n_embd, n_head * n_embd_head_v)
 
 
-def attend(step: Step, layer: MLA, hp: HParams, rows: np.ndarray) -> None:
-    """Queue one layer's attention on step.x (n_tok, n_embd), in place; rows are this layer's cache."""
+def attend(step: Step, layer: MLA, hp: HParams, il: int) -> None:
+    """Queue the attention of layer il on step.x (n_tok, n_embd), in place."""
     ops, run, n_tok, type_k = step.ops, step.run, step.n_tok, step.type_k
     eps, nope = hp.rms_eps, hp.n_embd_head_nope
 
@@ -55,21 +55,26 @@ def attend(step: Step, layer: MLA, hp: HParams, rows: np.ndarray) -> None:
         ops.matmul(run, [layer.q_a, layer.kv_a_mqa], y, [q_a, kv_a])
         ops.rms_norm(run, q_a, layer.q_a_norm, eps, q_a)
         ops.matmul(run, layer.q_b, q_a, flat_q)
-    ops.k_store(run, kv_a, layer.kv_a_norm, eps, step.cos_sin, step.positions, rows, type_k, hp.kv_lora_rank, hp.n_rot)
+    for some, rows in step.parts:
+        ops.k_store(
+            run, kv_a[some], layer.kv_a_norm, eps, step.cos_sin[some], step.positions[some], rows[il], type_k,
+            hp.kv_lora_rank, hp.n_rot,
+        )  # fmt: skip
 
     out = step.array("attn_out", hp.n_head, hp.n_embd_head_v)
     if step.mha:
+        ((_, rows),) = step.parts
         ops.rope(run, q[:, :, nope:], step.cos_sin, q[:, :, nope:])
         ops.mla_prefill(
-            run, q, rows, type_k, step.n_past, hp.kv_lora_rank, hp.n_rot, hp.kq_scale,
+            run, q, rows[il], type_k, step.n_past, hp.kv_lora_rank, hp.n_rot, hp.kq_scale,
             layer.w_uk, layer.w_uv, layer.kv_a_norm, out,
         )  # fmt: skip
     else:
-        _absorbed(step, layer, hp, rows, q, out)
+        _absorbed(step, layer, hp, il, q, out)
     ops.matmul(run, layer.output, out.reshape(n_tok, -1), step.x, accumulate=True)
 
 
-def _absorbed(step: Step, layer: MLA, hp: HParams, rows: np.ndarray, q: np.ndarray, out: np.ndarray) -> None:
+def _absorbed(step: Step, layer: MLA, hp: HParams, il: int, q: np.ndarray, out: np.ndarray) -> None:
     ops, run = step.ops, step.run
     nope, rank = hp.n_embd_head_nope, hp.kv_lora_rank
     q_abs = step.array("q_abs", hp.n_head, rank + hp.n_rot)
@@ -78,9 +83,12 @@ def _absorbed(step: Step, layer: MLA, hp: HParams, rows: np.ndarray, q: np.ndarr
     ops.rope(run, q[:, :, nope:], step.cos_sin, q_abs[:, :, rank:])
     if step.type_k == "q8":
         ops.rotate_query(run, q_abs, layer.kv_a_norm, rank)
-    for t in range(0, step.n_tok, MAX_DECODE_TOKENS):
-        some = slice(t, t + MAX_DECODE_TOKENS)
-        ops.mla_decode(run, q_abs[some], rows, step.type_k, step.n_kv[some], rank, hp.n_rot, hp.kq_scale, latent[some])
+    for tokens, rows in step.parts:
+        for t in range(tokens.start, tokens.stop, MAX_DECODE_TOKENS):
+            some = slice(t, min(t + MAX_DECODE_TOKENS, tokens.stop))
+            ops.mla_decode(
+                run, q_abs[some], rows[il], step.type_k, step.n_kv[some], rank, hp.n_rot, hp.kq_scale, latent[some]
+            )
     if step.type_k == "q8":
         ops.unrotate_output(run, latent, layer.kv_a_norm)
     ops.matmul_heads(run, layer.w_uv, latent, out)

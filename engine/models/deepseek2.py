@@ -45,12 +45,12 @@ class DeepSeek2:
         self.ffn_norm = [take.vector(f"blk.{il}.ffn_norm.weight", hp.n_embd) for il in range(hp.n_layer)]
         self.ffn = [self._ffn(take, il) for il in range(hp.n_layer)]
 
-    def forward(self, step: Step, rows: list[np.ndarray], logits: np.ndarray | None) -> None:
-        """Queue a step. rows: the cache's, by layer. logits (n, n_vocab): written for the last n tokens."""
+    def forward(self, step: Step, logits: np.ndarray | None) -> None:
+        """Queue a step. logits (n, n_vocab): written for the last n tokens."""
         ops, run, hp = step.ops, step.run, self.hparams
         ops.embed_rows(run, self.token_embd, step.tokens, step.x)
         for il in range(hp.n_layer):
-            attend(step, self.attention[il], hp, rows[il])
+            attend(step, self.attention[il], hp, il)
             feed_forward(step, self.ffn_norm[il], self.ffn[il], hp)
         if logits is not None:
             y = step.array("y", hp.n_embd)[step.n_tok - len(logits) :]

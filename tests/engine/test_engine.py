@@ -253,7 +253,7 @@ def test_a_shape_without_kernel_is_an_engine_error(toy: Path, monkeypatch: pytes
 def test_an_interrupted_recording_leaves_a_usable_stream(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, forward = Engine(toy), type(Engine(toy).model.weights).forward
 
-    def interrupt(self: Any, step: Any, rows: Any, logits: Any) -> None:
+    def interrupt(self: Any, step: Any, logits: Any) -> None:
         step.ops.swiglu(step.run, step.x, step.x, step.x)
         raise KeyboardInterrupt
 

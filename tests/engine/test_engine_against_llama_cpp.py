@@ -16,7 +16,7 @@ from llama_cpp_peer import LlamaCpp, mean_kl, peer_logits, top1_agreement
 from synthetic import write_model
 
 from engine import Engine
-from engine.stream import MIN_MHA_TOKENS
+from engine.model import MIN_MHA_TOKENS
 
 TOKENS = np.random.default_rng(7).integers(2, 258, 72)
 MANY = np.random.default_rng(7).integers(2, 258, 400)  # some 280 of them clear: one that flips is 0.4 %

@@ -12,7 +12,7 @@ from llama_cpp_peer import LlamaCpp, require_xllamacpp
 from synthetic import make_synthetic, write_model
 
 from engine import ContextFullError, Engine, EngineError, Sampling
-from engine import stream as stream_module
+from engine import generation
 from engine.engine import default_model
 
 PROMPT = "Once upon a time,"
@@ -99,7 +99,7 @@ def test_a_closed_generator_leaves_a_usable_engine(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temprature": 1}, "unknown sampling fields: temprature; known: temperature, top_k"),
+        ({"temprature": 1}, "unknown sampling fields: temprature; known: logit_bias, "),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 2}, "top_p is 2, expected 0 to 1"),
         ({"sampling": Sampling(), "top_k": 1}, "give either sampling or top_k"),
@@ -137,7 +137,9 @@ def test_a_streamed_character_is_never_broken(engine: Engine, monkeypatch: pytes
     """A sampler that spells emoji and accents byte by byte, each byte a token of its own."""
     text = "🦊é世x"
     script: Iterator[int] = iter([t for c in text for t in engine.tokenize(c, add_special=False)])
-    monkeypatch.setattr(stream_module, "Sampler", lambda *_: type("Script", (), {"sample": lambda *_: next(script)})())
+    monkeypatch.setattr(
+        generation, "Sampler", lambda *_, **__: type("Script", (), {"sample": lambda *_: next(script)})()
+    )
     pieces = list(engine.generate(PROMPT, max_tokens=sum(len(engine.tokenize(c, add_special=False)) for c in text)))
     assert pieces == list(text)
     assert engine.stats.n_generated > len(text)
@@ -190,7 +192,7 @@ def test_cancel_between_pieces_ends_the_text(engine: Engine) -> None:
 def test_a_broken_kernel_is_an_engine_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = engine.generate(PROMPT, max_tokens=20)
     next(pieces)
-    monkeypatch.setattr(engine, "_step", lambda *_, **__: float("nan") * engine._recordings[1, 1][2][0])
+    monkeypatch.setattr(engine, "_step", lambda *_, **__: float("nan") * engine._recordings[1, 1][2])
     with pytest.raises(EngineError, match="the greatest logit is NaN"):
         list(pieces)
 
@@ -225,3 +227,51 @@ def test_a_model_with_more_logits_than_tokens_never_says_one_that_has_no_text(
     for _ in engine.generate([2, 3], max_tokens=100, temperature=9.0, top_k=0, min_p=0.0, top_p=1.0, seed=4):
         pass
     assert engine.stats.n_generated > 10
+
+
+def test_responses_carry_what_mlx_lm_s_users_know(engine: Engine) -> None:
+    responses = list(engine.stream_generate(PROMPT, max_tokens=12, temperature=0))
+    assert "".join(r.text for r in responses) == "".join(engine.generate(PROMPT, max_tokens=12, temperature=0))
+    assert [r.generation_tokens for r in responses[:-1]] == list(range(1, 13))
+    assert [r.finish_reason for r in responses] == [None] * 12 + ["length"]
+    last = responses[-1]
+    assert last.prompt_tokens == len(engine.tokenize(PROMPT)) and last.generation_tps > 0
+    assert 0.01 < last.peak_memory < 100 and not last.from_draft
+
+
+def test_log_probabilities_are_those_of_the_model_s_own_distribution(engine: Engine) -> None:
+    ids = engine.tokenize(PROMPT)
+    first = next(
+        iter(engine.stream_generate(ids, max_tokens=1, temperature=2.0, repeat_penalty=1.5, seed=1, logprobs=3))
+    )
+    engine.clear()
+    logits = engine.step(ids).astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    assert first.logprobs is not None and first.logprobs.token == first.token
+    assert first.logprobs.logprob == pytest.approx(expected[first.token], abs=1e-4)
+    assert [token for token, _ in first.logprobs.top] == np.argsort(-expected)[:3].tolist()
+
+
+def test_a_logits_processor_sees_the_tokens_and_changes_the_logits(engine: Engine) -> None:
+    seen = []
+
+    def only_commas(history: list[int], logits: np.ndarray) -> None:
+        seen.append(len(history))
+        keep = logits[comma]
+        logits[:] = -np.inf
+        logits[comma] = keep
+
+    (comma,) = engine.tokenize(",", add_special=False)
+    assert "".join(engine.generate(PROMPT, max_tokens=3, logits_processor=only_commas)) == ",,,"
+    n = len(engine.tokenize(PROMPT))
+    assert seen == [n, n + 1, n + 2]
+
+
+def test_progress_counts_the_tokens_of_the_prompt() -> None:
+    engine, seen = Engine(n_ubatch=20), []
+    ids = engine.tokenize(PROMPT * 10)
+    list(engine.generate(ids, max_tokens=1, progress=lambda done, total: seen.append((done, total))))
+    assert seen == [(n, len(ids)) for n in [*range(0, len(ids), 20), len(ids)]]
+    del seen[:]
+    list(engine.generate([*ids, 5], max_tokens=1, progress=lambda done, total: seen.append((done, total))))
+    assert seen == [(len(ids), len(ids) + 1), (len(ids) + 1, len(ids) + 1)]  # what is reused counts as done
