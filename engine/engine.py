@@ -84,7 +84,11 @@ class Engine(Stream):
         return Stream(self.model, n_ctx, self.type_k if type_k is None else type_k)
 
     def generate_many(
-        self, prompts: Sequence[str | Sequence[int]], n_parallel: int = 8, **arguments: Unpack[Arguments]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int | None = None,
+        n_parallel: int = 8,
+        **arguments: Unpack[Arguments],
     ) -> list[str]:
         """The texts that continue several prompts, computed side by side: one pass over the weights serves them all.
 
@@ -94,7 +98,7 @@ class Engine(Stream):
         """
         from .batch import generate_many
 
-        return generate_many(self, prompts, n_parallel, arguments)
+        return generate_many(self, prompts, n_parallel, {"max_tokens": max_tokens, **arguments})
 
 
 def _count(name: str, value: object, high: int | None = None, low: int = 1) -> int:

@@ -195,7 +195,7 @@ class KCache:
 
 @dataclass(frozen=True)
 class Head:
-    """The rope part of a cache's first rows as they were first stored: a shift turns it, so that rounding never adds up.
+    """The rope part of a cache's first rows as first stored: shifts turn this, so that rounding never adds up.
 
     rope       (n_layer, n, n_rot) u16, f16 or bf16 as the cache has it
     positions  (n,) int64: what they were stored at

@@ -49,9 +49,8 @@ class SamplingFields(TypedDict, total=False):
 
 
 class Arguments(SamplingFields, total=False):
-    """The keywords of generate(); Stream.stream_generate says what they mean."""
+    """The other keywords of generate(); Stream.stream_generate says what they mean."""
 
-    max_tokens: int | None
     stop: str | Sequence[str]
     sampling: Sampling | None
     context_shift: bool

@@ -101,7 +101,7 @@ class Stream:
         self.truncate(0)
 
     def shift(self, n_keep: int, n_discard: int) -> None:
-        """Forget n_discard tokens after the first n_keep, so that there is room for new ones; nothing is computed again.
+        """Forget n_discard tokens after the first n_keep, so that new ones fit; nothing is computed again.
 
         The others stay as they are; the first n_keep move up to them: their rope part is turned (k_cache.py), their
         latent is not touched. EngineError for what is negative, no integer, or more than n_kv in all.
@@ -292,7 +292,7 @@ class Stream:
         return self.tokenizer.decode(ids)
 
     def stream_generate(
-        self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]
+        self, prompt: str | Sequence[int], max_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> Generator[Response, None, None]:
         """Continue a prompt; an iterator of Responses: pieces of text, each with its token and what it took.
 
@@ -313,18 +313,22 @@ class Stream:
         Wrong arguments, and a prompt that does not fit n_ctx, raise at the call, before any work. Closing the iterator
         ends the generation; `stats` tells what it did.
         """
-        return generation.start(self, prompt, arguments)
+        return generation.start(self, prompt, {"max_tokens": max_tokens, **arguments})
 
-    def generate(self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]) -> Generator[str, None, None]:
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> Generator[str, None, None]:
         """Continue a prompt; an iterator of pieces of text, whole characters each. Arguments as stream_generate has."""
-        return generation.texts(self.stream_generate(prompt, **arguments))
+        return generation.texts(self.stream_generate(prompt, max_tokens, **arguments))
 
-    def agenerate(self, prompt: str | Sequence[int], **arguments: Unpack[Arguments]) -> AsyncGenerator[str, None]:
+    def agenerate(
+        self, prompt: str | Sequence[int], max_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> AsyncGenerator[str, None]:
         """`async for piece in stream.agenerate(prompt)`: as generate, computed in another thread.
 
         A cancelled task, or closing the iterator, stops the step that runs.
         """
-        return generation.in_thread(self, self.generate(prompt, **arguments))
+        return generation.in_thread(self, self.generate(prompt, max_tokens, **arguments))
 
     def chat(
         self,
@@ -333,6 +337,7 @@ class Stream:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: dict[str, Any] | None = None,
+        max_tokens: int | None = None,
         **arguments: Unpack[Arguments],
     ) -> Generator[str, None, None]:
         """The answer to messages, [{"role": "user", "content": …}, …], put together by the file's chat template.
@@ -345,7 +350,7 @@ class Stream:
         ids = template.tokens(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
         )
-        return self.generate(ids, **arguments)
+        return self.generate(ids, max_tokens, **arguments)
 
 
 def record(model: Model, step: Step, n_logits: int) -> Recording:
