@@ -21,9 +21,16 @@ The cache is cut into splits, whose bounds are fixed and whose results are merge
 of threads and any companions in a step. Splits grow with their position, 5 for 500 tokens, 35 for 16k, 115 for 160k:
 short contexts occupy all threads, long ones do not spend their time on merging.
 
-Zen 4 at 3.6 GHz (a zmm dot a cycle), 16 heads, 512 + 64, one thread, n_kv 16,384 (scripts/bench_attention.py): f16 356,
-bf16 182, q8 110 ns a cached token, 84, 82 and 70 % of the peak of their products; all in f32, as before, 414, 414, 388.
-Prefetching while values are computed, where fewer loads compete, lost 6 %; tiles of 384 rows lost 3 %.
+Zen 4 at 3.6 GHz (a zmm dot a cycle), 16 heads, one thread, n_kv 16,384, share of the peak of their products (of q8 of
+int8, though its rope part is bf16, half as fast):
+
+              f16   bf16   q8      softmax takes 13 cycles a row of 16 heads, the products of 128 + 32 in bf16 144
+    512 + 64  85 %  88 %   70 %    all in f32, as at first: 414, 414, 388 ns a row; now 372, 178, 115
+    256 + 64  84    83     62
+    128 + 32  80    76     59
+
+Prefetching while values are computed, where fewer loads compete, lost 6 %; tiles of 192 rows lost 6 % at 128 + 32 and
+gained 1 % at 512 + 64, tiles of 384 lost 3 %.
 """
 
 from typing import Any
@@ -153,7 +160,7 @@ def decode_split(type_k, kind):
 
     module = KINDS[kind]
     read, before = reading(type_k, kind), device(rows_before)
-    add_scores, soften, weigh, add_values = module.scores(), softmax(), module.weights(), module.values()
+    add_scores, hide, soften, add_values = module.scores(), masking(), softmax(kind), module.values()
 
     def body(tile, scratch, panels, panel_bytes, limits, n_lanes, rows, row_stride, C, R, n_out, partial, n_kv, n_tok,
              n_chunks, n_tiles, n_threads):  # fmt: skip
@@ -162,9 +169,10 @@ def decode_split(type_k, kind):
         first_lane = tile % n_chunks * GROUPS * 16
         n_here = min(n_lanes - first_lane, GROUPS * 16)
         n_groups = (n_here + 15) // 16
-        last = 0
+        last, shortest = 0, 1 << 40
         for t in range(n_tok):
             last = max(last, ld_i32(n_kv + 4 * t))
+            shortest = min(shortest, ld_i32(n_kv + 4 * t))
         first = before(split)
         last = min(last, before(split + 1))
         next_first = before(max(0, last_split - (tile + n_threads) // n_chunks))  # a guess; only prefetches follow it
@@ -198,8 +206,9 @@ def decode_split(type_k, kind):
             for g in range(n_groups):
                 p, at = weights + g * ROWS * 64, 64 * g
                 add_scores(panels + g * panel_bytes, x, stride, whole, ahead, row_stride, p, C, R)
-                soften(p, whole, t0, limits + at, maxima + at, sums + at, fades + at)
-                weigh(p, x, stride, whole, units + at, C, R)
+                if t0 + whole > shortest:
+                    hide(p, whole, t0, limits + at)
+                soften(p, x, stride, whole, maxima + at, sums + at, fades + at, units + at, C, R)
             add_values(weights, ROWS * 64, n_here, fades, units, x, stride, whole, zipped, out, C)
 
     return body
@@ -233,29 +242,42 @@ def reading(type_k: str, kind: str) -> Any:
     return read
 
 
-def softmax() -> Any:
-    """A device function: scores [n][16] of rows from t0 on become probabilities, in place, but for a factor.
+def masking() -> Any:
+    """A device function: scores [n][16] of rows from t0 on become NO_SCORE's double where a lane does not see the row.
 
-    limits, maxima, sums, fades: of 16 lanes. fades: by which sums and outputs so far are multiplied.
+    So their probability is 0 even where NO_SCORE is the maximum.
     """
-    from .simd import bc, bci, device, ld, ldi, st, vexp2_down, vmax, where_lt
+    from .simd import bc, bci, device, ld, ldi, st, where_lt
 
     @device
-    def soften(p, n, t0, limits, maxima, sums, fades):
-        limit, old = ldi(limits), ld(maxima)
-        top = old
+    def hide(p, n, t0, limits):
         for t in range(n):
-            s = where_lt(bci(t0 + t), limit, ld(p + 64 * t), bc(NO_SCORE))
-            st(p + 64 * t, s)
-            top = vmax(top, s)
+            st(p + 64 * t, where_lt(bci(t0 + t), ldi(limits), ld(p + 64 * t), bc(2 * NO_SCORE)))
+
+    return hide
+
+
+def softmax(kind: str) -> Any:
+    """A device function: scores [n][16] of the rows at x become weights of their values, in place.
+
+    maxima, sums, fades, units: of 16 lanes. fades: by which sums and outputs so far are multiplied.
+    """
+    from .simd import device, ld, st, vexp2_down, vmax
+
+    weigh = KINDS[kind].weights()
+
+    @device
+    def soften(p, x, stride, n, maxima, sums, fades, units, C, R):
+        old = ld(maxima)
+        m0 = old
+        m1 = old
+        for t in range(0, n, 2):
+            m0 = vmax(m0, ld(p + 64 * t))
+            m1 = vmax(m1, ld(p + 64 * t + 64))
+        top = vmax(m0, m1)
         fade = vexp2_down(old - top)
-        total = ld(sums) * fade
-        for t in range(n):
-            v = where_lt(bci(t0 + t), limit, vexp2_down(ld(p + 64 * t) - top), bc(0.0))
-            total = total + v
-            st(p + 64 * t, v)
+        st(sums, weigh(p, top, ld(sums) * fade, x, stride, n, units, C, R))
         st(maxima, top)
-        st(sums, total)
         st(fades, fade)
 
     return soften

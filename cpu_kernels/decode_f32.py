@@ -64,12 +64,16 @@ def scores() -> Any:
 
 
 def weights() -> Any:
-    """A device function: probabilities [n][16] become weights of values: they are."""
-    from .simd import device
+    """A device function: scores [n][16] become probabilities, the weights of values, in place; returns total + sum."""
+    from .simd import device, ld, st, vexp2_down
 
     @device
-    def weigh(p, rows, stride, n, unit, C, R):
-        pass
+    def weigh(p, top, total, rows, stride, n, unit, C, R):
+        for t in range(n):
+            v = vexp2_down(ld(p + 64 * t) - top)
+            total = total + v
+            st(p + 64 * t, v)
+        return total
 
     return weigh
 

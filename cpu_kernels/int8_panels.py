@@ -16,15 +16,16 @@ from typing import Any
 
 from . import quants
 from .isa import ISA
-from .panels import BLOCK_ROWS, COLUMNS, N_VEC, PANEL_ROWS
+from .panels import BLOCK_ROWS, COLUMNS, N_VEC, PANEL_ROWS, bytes_ahead
 from .quants.activations import BLOCK_256, SCALE, SUMS
 
 
 def panel_product(type_id: int) -> Any:
     """As panels.panel_product, for rows packed as records."""
     from .microkernel import add_pairs, rank1_pairs, rank1_wu8, zeros_f, zeros_i
-    from .simd import device, transpose16
+    from .simd import device, prefetch, transpose16
 
+    ahead_step = device(bytes_ahead)
     f = quants.FORMATS[type_id]
     sub, centre = f.codes.sub, f.codes.centre
     signed = f.codes.largest > 127 and not ISA.u8s8
@@ -43,8 +44,9 @@ def panel_product(type_id: int) -> Any:
     scales_at = panel_at + COLUMNS * PANEL_ROWS
 
     @device
-    def product(w, w_row, n_w, k, x, block, n, sums, memory):
+    def product(w, w_row, n_w, k, x, block, n, sums, memory, ahead):
         codes, factors = memory, memory + factors_at
+        step = ahead_step(n_w * w_row, k, n, M)
         for c in range(0, k, COLUMNS):
             width = min(COLUMNS, k - c)
             for g in range(0, n_w, 16):
@@ -57,6 +59,9 @@ def panel_product(type_id: int) -> Any:
                     transpose16(codes + i, COLUMNS, memory + panel_at + i // 4 * STEP + 4 * g, STEP)
                 transpose16(factors, 64, memory + scales_at + 4 * g, STEP)
             for t in range(0, n, M):
+                for i in range(0, step, 64):
+                    prefetch(ahead + i)
+                ahead += step
                 p, q, s = memory + panel_at, x + t * BLOCK_256, memory + scales_at
                 q_sums = q + SUMS
                 total = zeros_f(M, N)

@@ -204,9 +204,9 @@ def k_shift(
     run: Any, rope: np.ndarray, cos_sin: np.ndarray, rows: np.ndarray, type_k: str, kv_lora_rank: int, n_rot: int,
     neox: bool = False,
 ) -> None:  # fmt: skip
-    """The rope part of the first n of rows (n_ctx, row_stride) u8 = rope (n, n_rot) u16, turned by cos_sin (n, n_rot) f32.
+    """The rope part of the first n of rows (n_ctx, row_stride) u8 = rope (n, n_rot) u16, turned.
 
-    rope is in the 16 bits that rows have it in; the latent is neither read nor written.
+    cos_sin (n, n_rot) f32; rope is in the 16 bits that rows have it in; the latent is neither read nor written.
     """
     n, _ = array("rope", rope, np.uint16, 2)
     _check(rows, type_k, kv_lora_rank, n_rot)

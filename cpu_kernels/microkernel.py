@@ -22,6 +22,7 @@ from .simd import (
     VF,
     VI,
     A,
+    I,
     V,
     Vector,
     W,
@@ -128,14 +129,17 @@ def quad_sums(b, x, y, acc=None):
     return p if acc is None else b.add(acc, p)
 
 
-def _rank1(mode, w_first, less_128=False):
-    """w_first: the panel is the dot's first operand (for u8s8: the unsigned one); less_128: of broadcast bytes."""
+def _rank1(mode, w_first, less_128=False, w_type=A):
+    """w_first: the panel is the dot's first operand (for u8s8: the unsigned one); less_128: of broadcast bytes.
+
+    w_type I: the panel's vector itself, of a block with N = 1.
+    """
 
     @intrinsic
     def rank1(_context, acc, w, x, stride):
         def emit(context, b, sig, args):
             regs, w, x, stride = args
-            panel = [load(b, offset(b, w, 64 * n), VI, 4) for n in range(acc.N)]
+            panel = [w] if w_type == I else [load(b, offset(b, w, 64 * n), VI, 4) for n in range(acc.N)]
             for m in range(acc.M):
                 value = splat(b, load(b, x, I32, 4))
                 if less_128:
@@ -148,7 +152,7 @@ def _rank1(mode, w_first, less_128=False):
                     x = b.add(x, stride)
             return regs
 
-        return acc(acc, A, A, A), emit
+        return acc(acc, w_type, A, A), emit
 
     return rank1
 
@@ -158,6 +162,7 @@ rank1_bf16 = _rank1("bf16", True)
 rank1_wu8 = _rank1("u8s8", True)  # panel unsigned, broadcast signed
 rank1_ws8 = _rank1("u8s8", False)  # panel signed, broadcast unsigned
 rank1_s8 = _rank1("s8s8", False, less_128=True)  # panel signed, broadcast a byte that is 128 more than its value
+rank1_of_bf16 = _rank1("bf16", True, w_type=I)  # the panel is one register
 rank1_pairs = _rank1("pairs", True)  # as rank1_wu8, to sums of pairs
 
 

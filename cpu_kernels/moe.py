@@ -4,9 +4,10 @@
 
 A slot is a pair (token, choice). Slots are summed in the order of choice.
 
-Few tokens: a slot's products are those of a plain matrix, on rows found through the expert's id, which is read when the
-job runs. More tokens (panels.py): slots are sorted by expert, so that each panel of weights is decoded once for all the
-tokens of its expert; gate, up and SwiGLU are one job.
+One token: a slot's products are those of a plain matrix, on rows found through the expert's id, which is read when the
+job runs. Few tokens: slots are sorted by expert, and those of one expert share each row of its weights; the bits are
+those of one token. More tokens (panels.py): slots are sorted by expert, so that each panel of weights is decoded once
+for all the tokens of its expert; gate, up and SwiGLU are one job.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from . import panels, quants
 from ._jit import kernel
 from .check import array, rows_f32
 from .ffn import silu_times, swiglu
-from .matmul import MAX_DOT_TOKENS, quantised, tile_rows
+from .matmul import MAX_DOT_TOKENS, SUMS_AT, quantised, rows_times, store_sums, tile_rows
 from .panels import MAX_ROWS, PACKED_BYTES, PANEL_BYTES, PANEL_ROWS
+from .quants import SUMS_BYTES
 
 
 def experts(
@@ -49,27 +51,31 @@ def experts(
 def _few_tokens(
     run: Any, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Any, up: Any, down: Any, out: np.ndarray
 ) -> None:
-    (n_tok, n_embd), n_used, n_ff = x.shape, ids.shape[1], gate.shape[1]
+    (n_tok, n_embd), n_used, (n_expert, n_ff, _) = x.shape, ids.shape[1], gate.shape
     n_slots = n_tok * n_used
-    wide, narrow = 4 * n_slots * n_embd, 4 * n_slots * n_ff
-    # the workspace: gate, up and down of all slots, then quantised activations
-    memory = run.workspace(
-        2 * narrow + wide + _records_nbytes(gate, up, x.shape) + _records_nbytes(down, down, (n_slots, n_ff))
+    sizes = [
+        4 * n_slots * n_ff, 4 * n_slots * n_ff, 4 * n_slots * n_embd, 4 * n_slots, 4 * (n_expert + 1),
+        _records_nbytes(gate, up, x.shape), _records_nbytes(down, down, (n_slots, n_ff)),
+    ]  # fmt: skip
+    ends = np.cumsum([-(-n // 64) * 64 for n in sizes])
+    memory = run.workspace(int(ends[-1]))
+    gated, upped, downed, order, starts = (
+        memory[end - -(-n // 64) * 64 :][:n] for n, end in zip(sizes[:5], ends, strict=False)
     )
-    gated = memory[:narrow].view(np.float32).reshape(n_slots, n_ff)
-    upped = memory[narrow : 2 * narrow].view(np.float32).reshape(n_slots, n_ff)
-    downed = memory[2 * narrow : 2 * narrow + wide].view(np.float32).reshape(n_slots, n_embd)
-    at = 2 * narrow + wide
+    gated, upped = (v.view(np.float32).reshape(n_slots, n_ff) for v in (gated, upped))
+    downed = downed.view(np.float32).reshape(n_slots, n_embd)
 
     kinds = {quants.FORMATS[w.type.id].activation for w in (gate, up)}
-    records = quantised(run, kinds, x[:, None, :], at)
+    if n_tok > 1:
+        run.launch(sort_slots(), 1, (ids, n_slots, n_expert, order, starts), barrier=kinds == {"f32"})
+    records = quantised(run, kinds, x[:, None, :], int(ends[4]))
     for w, o, barrier in ((gate, gated, False), (up, upped, True)):
         acts, stride, _ = records[quants.FORMATS[w.type.id].activation]
-        _slots(run, w, ids, acts, stride, n_used, o, barrier)
+        _slots(run, w, ids, order, acts, stride, n_used, o, barrier)
     swiglu(run, gated, upped, gated)
     kind = quants.FORMATS[down.type.id].activation
-    acts, stride, _ = quantised(run, {kind}, gated[:, None, :], at + _records_nbytes(gate, up, x.shape))[kind]
-    _slots(run, down, ids, acts, stride, 1, downed, True)
+    acts, stride, _ = quantised(run, {kind}, gated[:, None, :], int(ends[5]))[kind]
+    _slots(run, down, ids, order, acts, stride, 1, downed, True)
     run.launch(add_slots(), n_tok, (downed, weights, n_used, out, out.strides[0], n_embd))
 
 
@@ -80,30 +86,52 @@ def _records_nbytes(a: Any, b: Any, shape: tuple[int, ...]) -> int:
 
 
 def _slots(
-    run: Any, w: Any, ids: np.ndarray, acts: np.ndarray, stride: int, slots_per_x: int, out: np.ndarray, barrier: bool
-) -> None:
+    run: Any, w: Any, ids: np.ndarray, order: np.ndarray, acts: np.ndarray, stride: int, slots_per_x: int,
+    out: np.ndarray, barrier: bool,
+) -> None:  # fmt: skip
     _, n_rows, k = w.shape
     expert, row = w.data.strides[:2]
     n_block = tile_rows(run, n_rows, row, ids.size)
-    args = (w.data, expert, row, n_rows, n_block, ids, acts, stride, slots_per_x, out, k)
-    run.launch(expert_rows(type_id=w.type.id), ids.size * -(-n_rows // n_block), args, barrier)
+    args = (w.data, expert, row, n_rows, n_block, ids, order, ids.size, acts, stride, slots_per_x, out, k)
+    code = expert_rows(type_id=w.type.id, several=len(ids) > 1)
+    run.launch(code, ids.size * -(-n_rows // n_block), args, barrier)
 
 
 @kernel
-def expert_rows(type_id):
-    """A tile: n_block rows of one slot's expert, times the activations of its token (or of the slot itself)."""
-    from .simd import ld_i32, st_scalar
+def expert_rows(type_id, several):
+    """A tile: n_block rows of one slot's expert, times the activations of its token (or of the slot itself).
 
-    row_dot = quants.row_dot(type_id)
+    several: order lists the slots by expert; the first slot of an expert takes all of that expert, the others nothing.
+    """
+    from .simd import ld_i32, st_i64
 
-    def body(tile, scratch, w, w_expert, w_row, n_rows, n_block, ids, x, x_stride, slots_per_x, out, k):
+    multiply, store = rows_times(type_id, several), store_sums(False)
+
+    def body(tile, scratch, w, w_expert, w_row, n_rows, n_block, ids, order, n_slots, x, x_stride, slots_per_x, out, k):
         blocks = (n_rows + n_block - 1) // n_block
-        slot, first = tile // blocks, tile % blocks * n_block
-        w += ld_i32(ids + 4 * slot) * w_expert + first * w_row
-        x += slot // slots_per_x * x_stride
-        out += 4 * (slot * n_rows + first)
-        for r in range(min(n_block, n_rows - first)):
-            st_scalar(out + 4 * r, row_dot(w + r * w_row, x, k))
+        at, first = tile // blocks, tile % blocks * n_block
+        if several:
+            expert = ld_i32(ids + 4 * ld_i32(order + 4 * at))
+            if at > 0 and ld_i32(ids + 4 * ld_i32(order + 4 * at - 4)) == expert:
+                return
+            slots, n = order + 4 * at, 1
+            while at + n < n_slots and ld_i32(ids + 4 * ld_i32(slots + 4 * n)) == expert:
+                n += 1
+            for i in range((n + 3) // 4 * 4):
+                st_i64(scratch + 8 * i, x + ld_i32(slots + 4 * min(i, n - 1)) // slots_per_x * x_stride)
+        else:
+            expert, n = ld_i32(ids + 4 * at), 1
+            st_i64(scratch, x + at // slots_per_x * x_stride)
+        w += expert * w_expert + first * w_row
+        out += 4 * first
+        sums = scratch + SUMS_AT
+        n_block = min(n_block, n_rows - first)
+        for r in range(0, n_block, 16):
+            m = min(16, n_block - r)
+            multiply(w + r * w_row, w_row, m, scratch, n, k, sums)
+            for i in range(n):
+                slot = ld_i32(order + 4 * (at + i)) if several else at
+                store(sums + SUMS_BYTES * i, m, out + 4 * (slot * n_rows + r))
 
     return body
 
@@ -151,12 +179,14 @@ def _many_tokens(
     panels.launch_pack(run, kind, x, packed, order, n_used)
     run.launch(
         gate_up(gate_id=gate.type.id, up_id=up.type.id, kind=kind), n_expert * -(-n_ff // PANEL_ROWS),
-        (*_strides(gate), *_strides(up), n_ff, n_embd, starts, packed, panels.block_bytes(kind, n_slots), hidden),
+        (*_strides(gate), *_strides(up), n_ff, n_embd, starts, packed, panels.block_bytes(kind, n_slots), hidden,
+         run.n_threads),
     )  # fmt: skip
     panels.launch_pack(run, kind_down, hidden, packed_hidden)
     run.launch(
         expert_down(type_id=down.type.id, kind=kind_down), n_expert * -(-n_embd // PANEL_ROWS),
-        (*_strides(down), n_embd, n_ff, starts, order, packed_hidden, panels.block_bytes(kind_down, n_slots), downed),
+        (*_strides(down), n_embd, n_ff, starts, order, packed_hidden, panels.block_bytes(kind_down, n_slots), downed,
+         run.n_threads),
     )  # fmt: skip
     run.launch(add_slots(), n_tok, (downed, weights, n_used, out, out.strides[0], n_embd))
 
@@ -191,30 +221,37 @@ def sort_slots():
     return body
 
 
+def tile_offset(tile: int, tiles: int, expert: int, row: int) -> int:
+    """Bytes from an expert tensor's start to the panel of a tile; beyond the last one for tiles that only prefetch."""
+    return tile // tiles * expert + tile % tiles * PANEL_ROWS * row
+
+
 @kernel
 def gate_up(gate_id, up_id, kind):
     """PANEL_ROWS rows of one expert's gate and up a tile, times all its slots: silu(gate) · up, (n_slots, n_ff)."""
-    from .simd import ld, ld_i32, st
+    from .simd import device, ld, ld_i32, st
 
     gate_product, up_product = panels.panel_product(gate_id, kind), panels.panel_product(up_id, kind)
-    silu = silu_times()
+    silu, rows_at = silu_times(), device(tile_offset)
     nbytes = PACKED_BYTES[kind]
 
-    def body(tile, scratch, gate, gate_expert, gate_row, up, up_expert, up_row, n_ff, k, starts, x, x_block, hidden):
+    def body(tile, scratch, gate, gate_expert, gate_row, up, up_expert, up_row, n_ff, k, starts, x, x_block, hidden,
+             n_threads):  # fmt: skip
         tiles = (n_ff + PANEL_ROWS - 1) // PANEL_ROWS
         expert, first = tile // tiles, tile % tiles * PANEL_ROWS
         rows = min(PANEL_ROWS, n_ff - first)
         start, stop = ld_i32(starts + 4 * expert), ld_i32(starts + 4 * expert + 4)
         gated = scratch + PANEL_BYTES
         upped = gated + MAX_ROWS * PANEL_ROWS * 4
-        gate += expert * gate_expert + first * gate_row
-        up += expert * up_expert + first * up_row
+        ahead = gate + rows_at(tile + n_threads, tiles, gate_expert, gate_row)
+        gate += rows_at(tile, tiles, gate_expert, gate_row)
+        up += rows_at(tile, tiles, up_expert, up_row)
         hidden += 4 * first
         for i in range(start, stop, MAX_ROWS):
             n = min(MAX_ROWS, stop - i)
             source = x + i * nbytes
-            gate_product(gate, gate_row, rows, k, source, x_block, n, gated, scratch)
-            up_product(up, up_row, rows, k, source, x_block, n, upped, scratch)
+            gate_product(gate, gate_row, rows, k, source, x_block, n, gated, scratch, up)
+            up_product(up, up_row, rows, k, source, x_block, n, upped, scratch, ahead)
             for t in range(n):
                 to = hidden + 4 * (i + t) * n_ff
                 for r in range(0, rows, 16):
@@ -227,21 +264,22 @@ def gate_up(gate_id, up_id, kind):
 @kernel
 def expert_down(type_id, kind):
     """PANEL_ROWS rows of one expert's down a tile, times all its slots; out is (n_slots, n_embd), by slot again."""
-    from .simd import ld, ld_i32, st
+    from .simd import device, ld, ld_i32, st
 
-    product = panels.panel_product(type_id, kind)
+    product, rows_at = panels.panel_product(type_id, kind), device(tile_offset)
     nbytes = PACKED_BYTES[kind]
 
-    def body(tile, scratch, down, down_expert, down_row, n_embd, k, starts, order, x, x_block, out):
+    def body(tile, scratch, down, down_expert, down_row, n_embd, k, starts, order, x, x_block, out, n_threads):
         tiles = (n_embd + PANEL_ROWS - 1) // PANEL_ROWS
         expert, first = tile // tiles, tile % tiles * PANEL_ROWS
         rows = min(PANEL_ROWS, n_embd - first)
         sums = scratch + PANEL_BYTES
-        down += expert * down_expert + first * down_row
+        ahead = down + rows_at(tile + n_threads, tiles, down_expert, down_row)
+        down += rows_at(tile, tiles, down_expert, down_row)
         stop = ld_i32(starts + 4 * expert + 4)
         for i in range(ld_i32(starts + 4 * expert), stop, MAX_ROWS):
             n = min(MAX_ROWS, stop - i)
-            product(down, down_row, rows, k, x + i * nbytes, x_block, n, sums, scratch)
+            product(down, down_row, rows, k, x + i * nbytes, x_block, n, sums, scratch, ahead)
             for t in range(n):
                 to = out + (ld_i32(order + 4 * (i + t)) * n_embd + first) * 4
                 for r in range(0, rows, 16):

@@ -11,6 +11,10 @@ The microkernel then runs over all rows for each panel. `kind` is what both side
     int8   formats with codes (quants.Codes) on CPUs with dot products of four bytes; see int8_panels.py
     bf16   the rest
 
+Decoding reads a short piece of each of a panel's rows, which the CPU's own prefetchers do not follow, so the weights
+that a thread is likely to need next are prefetched while it multiplies. 64 experts of V2-Lite, Q4_K and Q8_0, with 48
+tokens each, one Zen 4 core: 52 -> 67 % of the int8 peak. With hundreds of tokens to a panel it gains 1-2 %.
+
 Without AVX-512 a panel is 16 rows wide: 12 ymm of sums and nothing spilled, 16 KiB that leave room in the first cache.
 Zen 4 as Haswell, 512 rows of Q4_K in f32: 24 G products/s of 58 with panels of 32 rows, 50 with these.
 """
@@ -95,18 +99,20 @@ def launch_pack(run: Any, kind: str, x: np.ndarray, packed: np.ndarray, order: A
 
 
 def panel_product(type_id: int, kind: str) -> Any:
-    """A device function (w, w_row, n_w, k, x, block, n, sums, memory): sums = n packed rows at x times n_w weight rows.
+    """A device function (w, w_row, n_w, k, x, block, n, sums, memory, ahead): sums = packed rows times weight rows.
 
-    n_w is at most PANEL_ROWS; sums has room for n rounded up to BLOCK_ROWS, and columns from n_w on are undefined;
-    memory is PANEL_BYTES. For kernel factories.
+    n packed rows at x, n_w weight rows at w, at most PANEL_ROWS; meanwhile as many weight rows at `ahead` come towards
+    the second cache. sums has room for n rounded up to BLOCK_ROWS, and columns from n_w on are undefined; memory is
+    PANEL_BYTES. For kernel factories.
     """
     if kind == "int8":
         from . import int8_panels
 
         return int8_panels.panel_product(type_id)
     from .microkernel import load_regs, rank1_bf16, rank1_f32, store_regs, zeros_f
-    from .simd import device, transpose16
+    from .simd import device, prefetch, transpose16
 
+    ahead_step = device(bytes_ahead)
     decode_block, f = quants.block_decoder(type_id, kind), quants.FORMATS[type_id]
     w_block, w_nbytes = f.block, f.nbytes
     size = 2 if kind == "bf16" else 4
@@ -115,8 +121,9 @@ def panel_product(type_id: int, kind: str) -> Any:
     STEP = PANEL_ROWS * 4
 
     @device
-    def product(w, w_row, n_w, k, x, block, n, sums, memory):
+    def product(w, w_row, n_w, k, x, block, n, sums, memory, ahead):
         decoded, panel = memory, memory + 16 * ROW
+        step = ahead_step(n_w * w_row, k, n, BLOCK_ROWS)
         for c in range(0, k, COLUMNS):
             width = min(COLUMNS, k - c)
             for g in range(0, n_w, 16):
@@ -127,6 +134,9 @@ def panel_product(type_id: int, kind: str) -> Any:
                 for i in range(0, width * size, 64):
                     transpose16(decoded + i, ROW, panel + i // 4 * STEP + 4 * g, STEP)
             for t in range(0, n, BLOCK_ROWS):
+                for i in range(0, step, 64):
+                    prefetch(ahead + i)
+                ahead += step
                 to = sums + t * STEP
                 acc = zeros_f(BLOCK_ROWS, N_VEC)
                 if c > 0:
@@ -142,6 +152,12 @@ def panel_product(type_id: int, kind: str) -> Any:
     return product
 
 
+def bytes_ahead(nbytes: int, k: int, n: int, n_block: int) -> int:
+    """Bytes to prefetch with each of the n_block rows of x, at each of the blocks of columns, so as to reach nbytes."""
+    n_steps = (k + COLUMNS - 1) // COLUMNS * ((n + n_block - 1) // n_block)
+    return nbytes // max(1, n_steps) + 1
+
+
 @kernel
 def multiply(type_id, kind, accumulate):
     """A tile: PANEL_ROWS rows of the weight times n_chunk rows of x, written or added to out."""
@@ -150,12 +166,13 @@ def multiply(type_id, kind, accumulate):
     product = panel_product(type_id, kind)
     nbytes = PACKED_BYTES[kind]
 
-    def body(tile, scratch, w, w_row, n_w, k, x, block, n_tok, n_chunk, out, out_row):
+    def body(tile, scratch, w, w_row, n_w, k, x, block, n_tok, n_chunk, out, out_row, n_threads):
         panels = (n_w + PANEL_ROWS - 1) // PANEL_ROWS
         first, start = tile % panels * PANEL_ROWS, tile // panels * n_chunk
         rows, n = min(PANEL_ROWS, n_w - first), min(n_chunk, n_tok - start)
         sums = scratch + PANEL_BYTES
-        product(w + first * w_row, w_row, rows, k, x + start * nbytes, block, n, sums, scratch)
+        ahead = w + (tile + n_threads) % panels * PANEL_ROWS * w_row  # perhaps this thread's next tile
+        product(w + first * w_row, w_row, rows, k, x + start * nbytes, block, n, sums, scratch, ahead)
         for t in range(n):
             source, to = sums + t * PANEL_ROWS * 4, out + (start + t) * out_row + 4 * first
             for r in range(0, rows // 16 * 16, 16):
@@ -181,5 +198,5 @@ def launch_multiply(
     args = (weight.data, weight.data.strides[0], m, k, packed, block_bytes(kind, n_tok), n_tok, n_chunk)
     run.launch(
         multiply(type_id=weight.type.id, kind=kind, accumulate=accumulate), n_panels * -(-n_tok // n_chunk),
-        (*args, out, out.strides[0]), barrier,
+        (*args, out, out.strides[0], run.n_threads), barrier,
     )  # fmt: skip

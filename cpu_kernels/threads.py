@@ -213,28 +213,29 @@ def _native(code: Code, *args: int) -> Callable[[int, int], None]:
 
 
 class _Turnstile:
-    """A lock that serves in the order of arrival."""
+    """A lock that serves in the order of arrival. A thread that Ctrl-C has taken out of it half way may enter again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._busy = False
-        self._queue: deque[threading.Lock] = deque()
+        self._owner: int | None = None  # a thread
+        self._queue: deque[tuple[threading.Lock, int]] = deque()
 
     def __enter__(self) -> None:
+        me = threading.get_ident()
         with self._lock:
-            if not self._busy:
-                self._busy = True
+            if self._owner in (None, me):  # me: an interrupt came before it was given back
+                self._owner = me
                 return
             mine = threading.Lock()
             mine.acquire()
-            self._queue.append(mine)
+            self._queue.append((mine, me))
         try:
             mine.acquire()
         except BaseException:  # Ctrl-C while waiting: step out, or pass the turn on if it has just come
             with self._lock:
-                waiting = mine in self._queue
+                waiting = (mine, me) in self._queue
                 if waiting:
-                    self._queue.remove(mine)
+                    self._queue.remove((mine, me))
             if not waiting:
                 self.__exit__()
             raise
@@ -242,9 +243,10 @@ class _Turnstile:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             if self._queue:
-                self._queue.popleft().release()
+                turn, self._owner = self._queue.popleft()
+                turn.release()
             else:
-                self._busy = False
+                self._owner = None
 
 
 class _Pool:

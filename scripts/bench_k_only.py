@@ -40,8 +40,8 @@ def decode_split_separate(prefetched, source):
 
     module = attention.KINDS["bf16"]
     read, before = attention.reading("bf16", "bf16"), device(attention.rows_before)
-    add_scores, soften = _scores(prefetched), attention.softmax()
-    weigh, add_values = module.weights(), module.values()
+    add_scores, hide, soften = _scores(prefetched), attention.masking(), attention.softmax("bf16")
+    add_values = module.values()
     GROUPS, ROWS, BLOCK, NO_SCORE = attention.GROUPS, attention.ROWS, attention.BLOCK, attention.NO_SCORE
 
     def body(tile, scratch, panels, panel_bytes, limits, n_lanes, rows, row_stride, C, R, n_out, partial, n_kv, n_tok,
@@ -51,9 +51,10 @@ def decode_split_separate(prefetched, source):
         first_lane = tile % n_chunks * GROUPS * 16
         n_here = min(n_lanes - first_lane, GROUPS * 16)
         n_groups = (n_here + 15) // 16
-        last = 0
+        last, shortest = 0, 1 << 40
         for t in range(n_tok):
             last = max(last, ld_i32(n_kv + 4 * t))
+            shortest = min(shortest, ld_i32(n_kv + 4 * t))
         first = before(split)
         last = min(last, before(split + 1))
         next_first = before(max(0, last_split - (tile + n_threads) // n_chunks))
@@ -87,8 +88,9 @@ def decode_split_separate(prefetched, source):
             for g in range(n_groups):
                 p, at = weights + g * ROWS * 64, 64 * g
                 add_scores(panels + g * panel_bytes, x, row_stride, whole, ahead, p, C, R, v, latent_stride)
-                soften(p, whole, t0, limits + at, maxima + at, sums + at, fades + at)
-                weigh(p, x, row_stride, whole, units + at, C, R)
+                if t0 + whole > shortest:
+                    hide(p, whole, t0, limits + at)
+                soften(p, x, row_stride, whole, maxima + at, sums + at, fades + at, units + at, C, R)
             add_values(weights, ROWS * 64, n_here, fades, units, v, latent_stride, whole, zipped, out, C)
 
     return body

@@ -3,7 +3,7 @@
 One file per family of formats, with the block drawn in its docstring. A format has two things
 
     decode(b, w)     a generator of LLVM code: (column, 16 floats) for one block, the same bits as gguf's dequantiser
-    row_dot          weight row x activation row; its activations are f32, or int8 as `quantise_rows` leaves them
+    row_sums         weight row x activation rows; their values are f32, or int8 as `quantise_rows` leaves them
 
 and, where int8 panels of it are worth having, a third, `codes`: 64 codes at a time, with their scales.
 
@@ -30,6 +30,7 @@ from .activations import quantise_rows, record_bytes
 
 __all__ = [
     "FORMATS",
+    "SUMS_BYTES",
     "Format",
     "block_decoder",
     "block_codes",
@@ -37,8 +38,10 @@ __all__ = [
     "quantise_rows",
     "record_bytes",
     "row_bytes",
-    "row_dot",
+    "row_sums",
 ]
+
+SUMS_BYTES = 1024  # of the sums of one activation row and 16 weight rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Format:
     type_id: int
     block: int  # values per block; 32 for the plain floats
     nbytes: int  # bytes per block
-    activation: str  # what row_dot reads: 'f32', 'q8_256' or 'q8_32'
+    activation: str  # what row_sums reads: 'f32', 'q8_256' or 'q8_32'
     family: str  # the module of its code
     codes: Codes | None = None  # what int8 panels are made of; None: there is no such code
 
@@ -131,19 +134,23 @@ def block_codes(type_id: int) -> Callable[[Any, Any], Any]:
 
 
 @functools.cache
-def row_dot(type_id: int) -> Any:
-    """A device function (w, x, k) -> f32: weight row at w times activation row at x, k values. Imports Numba.
+def row_sums(type_id: int, n: int = 1) -> Any:
+    """A device function (w, w_row, m, xs, k, sums): m weight rows times n activation rows. Imports Numba.
 
-    x is k f32 or the row's q8_256 or q8_32 record, as FORMATS says. Nothing after the weight row is read.
+    w, w_row  address of the first weight row, bytes to the next; m <= 16
+    xs        n addresses, of rows of k f32 or of q8_256 or q8_32 records, as FORMATS says
+    sums      (n, 16, 16) f32, written for each of n and m: a product is the sum of 16
+
+    Nothing after a weight row is read.
     """
     from . import row_dots
 
     f = FORMATS[type_id]
     if f.activation == "f32":
-        return row_dots.over_floats(decoder(type_id), f.block, f.nbytes)
+        return row_dots.over_floats(decoder(type_id), f.block, f.nbytes, n)
     if f.activation == "q8_32":
-        return row_dots.over_fours(block_codes(type_id), f.nbytes, f.codes.centre)
-    return row_dots.over_blocks(getattr(_family(type_id), f"dot_{f.name.lower()}"), f.nbytes)
+        return row_dots.over_fours(block_codes(type_id), f.nbytes, f.codes.centre, n)
+    return row_dots.over_blocks(getattr(_family(type_id), f"dot_{f.name.lower()}"), f.nbytes, n)
 
 
 def _family(type_id: int) -> Any:

@@ -65,7 +65,7 @@ def decode_iq4_xs(b, w):
             yield 64 * i + c, b.fmul(signed(b, take(b, q, lanes)), take(b, scales, [2 * i + c // 32] * W))
 
 
-def dot_iq4_xs(b, acc, w, x):
+def dot_iq4_xs(b, sums, w, x):
     scales = b.trunc(_scales(b, w), V(I16, 8))
     total = None
     for i in range(4):
@@ -74,7 +74,7 @@ def dot_iq4_xs(b, acc, w, x):
             q, part = magnitude(b, q, part)
         total = add_scaled_sums(b, total, q, part, scales, lambda j: 2 * i + j // 8)  # noqa: B023
     factor = b.fmul(half(b, w), load(b, offset(b, x, SCALE), F32))
-    return fma_(b, b.sitofp(total, VF), splat(b, factor), acc)
+    return fma_(b, b.sitofp(total, VF), splat(b, factor), sums[0]), sums[1]
 
 
 def codes_iq4_nl(b, blocks):

@@ -38,12 +38,12 @@ def decode_q2_k(b, w):
             yield 64 * i + c, b.fsub(product, take(b, minima, sub))
 
 
-def dot_q2_k(b, acc, w, x):
+def dot_q2_k(b, sums, w, x):
     scales, minima = (b.zext(v, V(I16, W)) for v in _scales(b, w))
     total = scaled_sums(b, [two_bits(b, offset(b, w, 16), i) for i in range(4)], scales, x)
     low = sums_of_16(b, minima, x)
     factors = b.fmul(
         b.fpext(load(b, offset(b, w, 80), V(F16, 2)), V(F32, 2)), splat(b, load(b, offset(b, x, SCALE), F32), 2)
     )  # d and dmin
-    acc = fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), acc)
-    return fma_(b, b.fneg(b.sitofp(low, VF)), take(b, factors, [1] * W), acc)
+    left_out = fma_(b, b.sitofp(low, V(F32, 8)), take(b, factors, [1] * 8), sums[1])
+    return fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), sums[0]), left_out

@@ -44,8 +44,8 @@ def decode_q3_k(b, w):
             yield 64 * i + c, b.fmul(centred, take(b, scales, [4 * i + c // W] * W))
 
 
-def dot_q3_k(b, acc, w, x):
-    return add_centred(b, acc, [_codes(b, w, i) for i in range(4)], 4, _scales(b, w), offset(b, w, 108), x)
+def dot_q3_k(b, sums, w, x):
+    return add_centred(b, sums, [_codes(b, w, i) for i in range(4)], 4, _scales(b, w), offset(b, w, 108), x)
 
 
 def codes_q3_k(b, w):

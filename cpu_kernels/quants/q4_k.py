@@ -20,7 +20,7 @@ from ..isa import ISA
 from ..microkernel import pair_sums, quad_sums
 from ..simd import F16, F32, I8, I16, I32, I64, VF, V, W, concat, fma_, load, offset, shuffle, splat
 from .activations import SCALE, SUMS
-from .emit import add_scaled_sums, fields, half, take, unsigned, widen
+from .emit import add_scaled_sums, fields, half, scaled_quads, take, unsigned
 
 
 def _scales(b, w):
@@ -67,28 +67,41 @@ def _decode(b, w, high):
             yield 64 * i + c, b.fsub(product, take(b, minima, sub))
 
 
-def _dot(b, acc, w, x, high):
-    scales, minima = _scales(b, w)
-    wide = b.zext(b.bitcast(scales, V(I8, 8)), V(I16, 8))
+def _wide(b, eight):
+    return b.zext(b.bitcast(eight, V(I8, 8)), V(I16, 8))
+
+
+def _scaled_sums(b, codes, x, scales):
+    """codes: four vectors of 64; scales as _scales gives them -> 16 i32 whose sum is that of scale * code * x."""
     # the scales repeated in every 16 bytes, so that the shuffles below stay within 128-bit lanes
     spread, zeros = b.bitcast(splat(b, scales, 8), V(I8, 64)), ir.Constant(V(I8, 64), None)
     total = None
-    for i in range(4):
-        q, part = _codes(b, w, i, high), load(b, offset(b, x, 64 * i), V(I8, 64))
+    for i, u in enumerate(codes):
+        part = load(b, offset(b, x, 64 * i), V(I8, 64))
         if ISA.dotprod:
-            total = add_scaled_sums(b, total, q, part, wide, lambda j: 2 * i + j // 8)  # noqa: B023
+            total = add_scaled_sums(b, total, u, part, _wide(b, scales), lambda j: 2 * i + j // 8)  # noqa: B023
         else:
             index = [64 if j % 2 else j // 16 * 16 + 2 * i + j // 32 for j in range(64)]
             factors = b.bitcast(shuffle(b, spread, zeros, index), V(I16, 32))
-            total = quad_sums(b, pair_sums(b, q, part), factors, total)
+            total = quad_sums(b, pair_sums(b, u, part), factors, total)
+    return total
+
+
+def _dot(b, sums, w, x, high):
+    main, left_out = sums
+    scales, minima = _scales(b, w)
+    codes = [_codes(b, w, i, high) for i in range(4)]
+    if ISA.vnni512:
+        total = scaled_quads(b, codes, x, _wide(b, scales), lambda i, j: 2 * i + j // 8)
+    else:
+        total = _scaled_sums(b, codes, x, scales)
     # minima times the activations' sums of 16
-    twice = take(b, b.zext(b.bitcast(minima, V(I8, 8)), V(I16, 8)), [j // 2 for j in range(16)])
-    low = quad_sums(b, twice, load(b, offset(b, x, SUMS), V(I16, 16)))
+    low = quad_sums(b, take(b, _wide(b, minima), [j // 2 for j in range(16)]), load(b, offset(b, x, SUMS), V(I16, 16)))
     factors = b.fmul(
         b.fpext(load(b, w, V(F16, 2)), V(F32, 2)), splat(b, load(b, offset(b, x, SCALE), F32), 2)
     )  # d and dmin
-    acc = fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), acc)
-    return fma_(b, b.fneg(b.sitofp(widen(b, low), VF)), take(b, factors, [1] * W), acc)
+    left_out = fma_(b, b.sitofp(low, V(F32, 8)), take(b, factors, [1] * 8), left_out)
+    return fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), main), left_out
 
 
 def decode_q4_k(b, w):
@@ -99,12 +112,12 @@ def decode_q5_k(b, w):
     return _decode(b, w, high=True)
 
 
-def dot_q4_k(b, acc, w, x):
-    return _dot(b, acc, w, x, high=False)
+def dot_q4_k(b, sums, w, x):
+    return _dot(b, sums, w, x, high=False)
 
 
-def dot_q5_k(b, acc, w, x):
-    return _dot(b, acc, w, x, high=True)
+def dot_q5_k(b, sums, w, x):
+    return _dot(b, sums, w, x, high=True)
 
 
 def codes_q4_k(b, w):

@@ -36,9 +36,9 @@ def decode_q6_k(b, w):
             yield 64 * i + c, b.fmul(centred, take(b, scales, [4 * i + c // W] * W))
 
 
-def dot_q6_k(b, acc, w, x):
+def dot_q6_k(b, sums, w, x):
     scales = load(b, offset(b, w, 192), V(I8, W))
-    return add_centred(b, acc, [_codes(b, w, i) for i in range(4)], 32, scales, offset(b, w, 208), x)
+    return add_centred(b, sums, [_codes(b, w, i) for i in range(4)], 32, scales, offset(b, w, 208), x)
 
 
 def codes_q6_k(b, w):

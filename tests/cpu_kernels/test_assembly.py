@@ -24,8 +24,8 @@ CPUS = {
     "neoverse-v1": (ARM, "+neon,+dotprod,+fullfp16,+bf16,+i8mm"),
 }
 KERNELS = {
-    "rows Q4_K": ("matmul", "dot_rows", {"type_id": Q4_K, "accumulate": False}),
-    "rows Q8_0": ("matmul", "dot_rows", {"type_id": Q8_0, "accumulate": False}),
+    "rows Q4_K": ("matmul", "dot_rows", {"type_id": Q4_K, "accumulate": False, "several": False}),
+    "rows Q8_0": ("matmul", "dot_rows", {"type_id": Q8_0, "accumulate": False, "several": False}),
     "panels Q4_K": ("panels", "multiply", {"type_id": Q4_K, "kind": "int8", "accumulate": False}),
     "panels Q8_0": ("panels", "multiply", {"type_id": Q8_0, "kind": "int8", "accumulate": False}),
     "panels f32": ("panels", "multiply", {"type_id": Q8_0, "kind": "f32", "accumulate": False}),

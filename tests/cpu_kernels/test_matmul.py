@@ -64,12 +64,14 @@ def test_more_tokens_than_a_tile_takes(m, n_tok):
     assert np.array_equal(product(w, x), product(w, x, n_threads=1))
 
 
-@pytest.mark.parametrize("type_id", [F32, Q8_0, Q4_K])
+@pytest.mark.parametrize("type_id", ALL)
 def test_a_row_has_the_bits_it_has_alone_and_on_any_number_of_threads(type_id):
     w, x = weight(type_id, 301, 512), rows(16, 512)
-    together = product(w, x)
-    assert np.array_equal(together, product(w, x, n_threads=1))
-    assert np.array_equal(together, np.concatenate([product(w, x[i : i + 1]) for i in range(16)]))
+    alone = np.concatenate([product(w, x[i : i + 1]) for i in range(16)])
+    for n_tok in (2, 3, 5, 7, 13, 16):
+        together = product(w, x[:n_tok])
+        assert np.array_equal(together, alone[:n_tok])
+        assert np.array_equal(together, product(w, x[:n_tok], n_threads=1))
 
 
 @pytest.mark.parametrize("n_tok", [5, 20])

@@ -101,13 +101,19 @@ def test_an_expert_may_be_chosen_by_more_tokens_than_a_tile_takes():
     assert_close(added, expected, rtol=np.inf, nmse=1e-3)
 
 
-def test_a_token_has_the_bits_it_has_alone_and_on_any_number_of_threads():
-    gate, up, down = (weight(Q8_0, 5, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)]))
-    x, (ids, weights) = rows(16, 64), choice(16, 5, 2)
+@pytest.mark.parametrize("n_tok", [2, 7, 16])
+@pytest.mark.parametrize("types", [(Q8_0, Q8_0, Q8_0), (Q4_K, Q4_K, Q6_K)], ids=["Q8_0", "Q4_K_Q6_K"])
+def test_a_token_has_the_bits_it_has_alone_and_on_any_number_of_threads(types, n_tok):
+    n_embd, n_ff = 256, 512 if types[2] == Q6_K else 96
+    gate, up = weight(types[0], 7, n_ff, n_embd), weight(types[1], 7, n_ff, n_embd, seed=1)
+    down = weight(types[2], 7, n_embd, n_ff, seed=2)
+    x, (ids, weights) = rows(n_tok, n_embd), choice(n_tok, 7, 2)
+    ids[:, 0] = np.where(np.arange(n_tok) % 3, 5, ids[:, 0])  # one has many tokens, most some, others one
+    ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], 6, ids[:, 1])
     together = run_experts(x, ids, weights, gate, up, down)
     assert np.array_equal(together, run_experts(x, ids, weights, gate, up, down, n_threads=1))
-    out = rows(16, 64, seed=9)
-    for t in range(16):
+    out = rows(n_tok, n_embd, seed=9)
+    for t in range(n_tok):
         run = Run(2)
         one = slice(t, t + 1)
         experts(run, x[one], ids[one].copy(), weights[one].copy(), gate, up, down, out[one])

@@ -10,7 +10,7 @@ from compare import assert_close
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from synthetic import quantise
 
-from cpu_kernels.quants import FORMATS, decoder, quantise_rows, record_bytes, row_bytes, row_dot
+from cpu_kernels.quants import FORMATS, decoder, quantise_rows, record_bytes, row_bytes, row_sums
 from cpu_kernels.threads import Run
 
 ALL = [pytest.param(f.type_id, id=f.name) for f in FORMATS.values()]
@@ -63,11 +63,11 @@ def compiled_decoder(type_id: int):
 
 
 @functools.cache
-def compiled_dot(type_id: int):
+def compiled_sums(type_id: int, n: int):
     from numba import njit
 
-    dot = row_dot(type_id)
-    return njit(lambda w, x, k: dot(w, x, k))
+    row = row_sums(type_id, n)
+    return njit(lambda w, w_row, m, xs, k, out: row(w, w_row, m, xs, k, out))
 
 
 def at_the_end(data: np.ndarray) -> np.ndarray:
@@ -96,13 +96,25 @@ def quantised(activation: str, x: np.ndarray) -> np.ndarray:
     return out
 
 
+def records(type_id: int, x: np.ndarray) -> np.ndarray:
+    """x (n_rows, k) f32 as the format's dot takes it."""
+    return x if FORMATS[type_id].activation == "f32" else quantised(FORMATS[type_id].activation, x)
+
+
+def sums(type_id: int, n: int, weights: np.ndarray, activations: np.ndarray, k: int) -> np.ndarray:
+    """(n, rows of weights, 16) f32"""
+    out = np.full((n, 16, 16), np.nan, np.float32)
+    xs = np.array([x.ctypes.data for x in activations], np.int64)
+    args = (weights.ctypes.data, weights.strides[0], len(weights), xs.ctypes.data, k, out.ctypes.data)
+    compiled_sums(type_id, n)(*args)
+    return out[:, : len(weights)]
+
+
 def dots(type_id: int, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Every weight row times x (k,)."""
-    record = x if FORMATS[type_id].activation == "f32" else quantised(FORMATS[type_id].activation, x[None])
-    dot = compiled_dot(type_id)
-    step = weights.strides[0]
-    results = [dot(weights.ctypes.data + i * step, record.ctypes.data, x.size) for i in range(len(weights))]
-    return np.array(results, np.float32)
+    record = records(type_id, x[None])
+    parts = [sums(type_id, 1, weights[i : i + 16], record, x.size)[0] for i in range(0, len(weights), 16)]
+    return np.concatenate(parts).sum(1, dtype=np.float32)
 
 
 @pytest.mark.parametrize("type_id", ALL)
@@ -175,6 +187,16 @@ def test_nothing_after_a_weight_row_is_read(type_id):
         weights = random_weights(type_id, 1, k)
         x = np.random.default_rng(1).standard_normal(k).astype(np.float32)
         assert dots(type_id, at_the_end(weights)[None], x)[0] == dots(type_id, weights, x)[0]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("type_id", ALL)
+def test_a_row_has_the_same_sums_beside_others(type_id, n):
+    for k in sizes(type_id)[-2:]:
+        weights = random_weights(type_id, 3, k)
+        x = records(type_id, np.random.default_rng(1).standard_normal((n, k)).astype(np.float32))
+        alone = np.concatenate([sums(type_id, 1, weights, x[t : t + 1], k) for t in range(n)])
+        assert np.array_equal(sums(type_id, n, weights, x, k), alone)
 
 
 @pytest.mark.parametrize("activation", ["q8_256", "q8_32"])
