@@ -2,7 +2,8 @@
 
 Prompts are computed one after the other, each in a stream of its own; then every step takes a token of each stream. All
 ops have for up to 16 rows the arithmetic of one, and attention runs stream by stream on its own rows: each text is bit
-for bit the one that its stream would give alone. When a text ends, the next prompt takes its place.
+for bit the one that its stream would give alone. What the beginnings of prompts share is computed once, and the rest of
+such a prompt then rounds as a shorter one does. When a text ends, the next prompt takes its place.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ def generate_many(
     request = Request.of(arguments)
     if request.speculate or request.progress is not None:
         raise EngineError("generate_many takes neither speculate nor progress")
-    if not 1 <= n_parallel <= MAX_DECODE_TOKENS:
+    if not isinstance(n_parallel, int | np.integer) or not 1 <= n_parallel <= MAX_DECODE_TOKENS:
         raise EngineError(f"n_parallel is {n_parallel!r}; expected 1 to {MAX_DECODE_TOKENS}")
     if isinstance(prompts, str):
         raise EngineError("prompts is a text; expected a list of them")
     ids = [prompt_ids(engine, prompt) for prompt in prompts]
-    for one in ids:
-        engine._checked(one, 0)
     batch = Batch(engine, min(n_parallel, len(ids)))
+    engine._batches.append(batch)
     try:
         return batch.run(ids, request)
     finally:
+        engine._batches.remove(batch)
         batch.close()
 
 
@@ -52,14 +53,16 @@ class Batch:
     def __init__(self, engine: Engine, n: int):
         self.model = engine.model
         self._run = engine.model.ops.Run(engine.model.n_threads)
-        self._cancel = self._run.cancel = engine._run.cancel
-        self._cancel[0] = 0
         self._buffers = Buffers(MAX_DECODE_TOKENS)
         self._recordings: dict[tuple[int, ...], Recording] = {}
         self._idle = [engine.stream() for _ in range(n)]
         self._streams = list(self._idle)
         for stream in self._streams:
-            stream._run.cancel = self._cancel
+            stream._run.cancel = self._run.cancel
+            stream._keeps_prefixes = False  # texts of a batch are not asked for again
+
+    def cancel(self) -> None:
+        self._run.cancel[0] = 1
 
     def close(self) -> None:
         for stream in self._streams:
@@ -74,7 +77,7 @@ class Batch:
             while waiting and self._idle:
                 which, ids = waiting.pop()
                 text = Text(self._idle.pop(), list(ids), request)
-                text.prepare()
+                text.prepare(uncancel=False)
                 active.append((which, text, text.prompt()))
                 if shared >= MIN_TOKENS and which == 0:
                     self.model.prefixes.keep(text.stream.cache, ids[:shared])
@@ -85,6 +88,7 @@ class Batch:
                     pieces[which].append(text.finish().text)
                     self._idle.append(text.stream)
             going_on = [(which, text) for which, text, _ in active if not text.over()]
+            going_on.sort(key=lambda one: self._streams.index(one[1].stream))  # few orders, few recordings
             rows = self._step([text for _, text in going_on])
             active = [(which, text, row[None]) for (which, text), row in zip(going_on, rows)]
         return ["".join(text) for text in pieces]
@@ -93,7 +97,7 @@ class Batch:
         """Logits (n, n_vocab) after the last token of each text."""
         if not texts:
             return np.zeros((0, 0), np.float32)
-        if self._cancel[0]:
+        if self._run.cancel[0]:
             raise Cancelled("generate_many was cancelled")
         streams = [text.stream for text in texts]
         for text in texts:
@@ -109,9 +113,8 @@ class Batch:
             except self.model.ops.Cancelled:
                 raise Cancelled("generate_many was cancelled") from None
             for stream, text in zip(streams, texts):
+                stream._tokens[stream.n_kv :] = text.history[-1:]
                 stream.cache.append(1)
-                stream._tokens.append(text.history[-1])
-                text.held = stream.n_kv
         assert logits is not None
         return logits[:, : texts[0].n_vocab].copy()
 

@@ -6,6 +6,7 @@ rich is imported when something is shown with it, not before.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import IO, TYPE_CHECKING
 
@@ -22,6 +23,11 @@ def printable(text: str, keep: str = "") -> str:
 
 def _steers(c: str) -> bool:
     return c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" or c in _BIDI
+
+
+def note(line: str) -> None:
+    """A line on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def size(nbytes: float) -> str:
@@ -45,7 +51,8 @@ def print_tables(description: dict[str, str], *tables: list[tuple[str, ...]]) ->
     grid.add_column(style="bold", no_wrap=True)
     for name, value in description.items():
         grid.add_row(name, Text(printable(value)))
-    console.print(grid)
+    if description:
+        console.print(grid)
     for head, *rows in filter(None, tables):
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
         for i, column in enumerate(head):
@@ -76,29 +83,18 @@ class CompileProgress:
         if not self._started and done < total:
             self._start(total)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, kernel=name)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=name)
         if self._started and done >= total:
             seconds = time.perf_counter() - self._started
             self._stop()
-            _note(f"compiled {total} kernels for this CPU in {seconds:.1f} s")
+            note(f"compiled {total} kernels for this CPU in {seconds:.1f} s")
 
     def _start(self, total: int) -> None:
         self._started = time.perf_counter()
         if not sys.stderr.isatty():
-            _note(f"compiling {total} kernels for this CPU …")
+            note(f"compiling {total} kernels for this CPU …")
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        columns = (
-            TextColumn("compiling kernels"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[kernel]}", markup=False),
-        )
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._bar.add_task("", total=total, kernel="")
-        self._bar.start()
+        self._bar = _bar("compiling kernels", total)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -106,5 +102,69 @@ class CompileProgress:
         self._bar, self._started = None, 0.0
 
 
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+class Counter:
+    """A moving line on stderr, where that is a terminal, for what takes longer than a second; nothing elsewhere.
+
+    Called as counter(done, total, note). It goes away when the last is done, or at the end of the `with`.
+    unit: tells how many of them a second, instead of a note. patience: seconds before the line appears, by itself.
+    """
+
+    def __init__(self, what: str, unit: str = "", patience: float = 1.0) -> None:
+        self._what, self._unit, self._patience = what, unit, patience
+        self._lock = threading.Lock()  # of all that follows: the line appears from a thread
+        self._timer: threading.Timer | None = None
+        self._bar: Progress | None = None
+        self._began, self._first, self._last = 0.0, 0, (0, 0, "")
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        if done >= total:
+            self.stop()
+        elif sys.stderr.isatty():
+            with self._lock:
+                self._last = done, total, note
+                if self._timer is None:
+                    self._began, self._first = time.perf_counter(), done
+                    self._timer = threading.Timer(self._patience, self._show)
+                    self._timer.daemon = True
+                    self._timer.start()
+                self._update()
+
+    def stop(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._bar is not None:
+                self._bar.stop()
+            self._timer = self._bar = None
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._timer is threading.current_thread():  # else it has been stopped in the meantime
+                self._bar = _bar(self._what, self._last[1])
+                self._update()
+
+    def _update(self) -> None:
+        done, total, note = self._last
+        if self._unit and done > self._first:
+            note = f"{(done - self._first) / (time.perf_counter() - self._began):,.0f} {self._unit}/s"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
+
+
+def _bar(what: str, total: int) -> Progress:
+    """A running bar on stderr that leaves nothing behind."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    told = TextColumn("{task.fields[note]}", markup=False)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), told)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task("", total=total, note="")
+    bar.start()
+    return bar

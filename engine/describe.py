@@ -50,7 +50,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         told["problems"].append(str(error).removeprefix(f"{file.path}: "))
         return told
     mtp = [tensor for tensor in file.tensors.values() if _layer(tensor) >= hparams.n_layer]
-    used = [tensor for tensor in file.tensors.values() if _layer(tensor) < hparams.n_layer and not _twin(tensor, file)]
+    used = used_tensors(file, hparams)
     told |= {
         "hparams": dataclasses.asdict(hparams),
         "form": hparams.form,
@@ -67,6 +67,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         if tensor.type.id not in GGML_TYPES
     ]
     return told
+
+
+def used_tensors(file: GGUFFile, hparams: HParams) -> list[QuantTensor]:
+    """Those that a step reads: neither MTP blocks nor attn_kv_b beside attn_k_b and attn_v_b."""
+    return [tensor for tensor in file.tensors.values() if _layer(tensor) < hparams.n_layer and not _twin(tensor, file)]
 
 
 def _string(file: GGUFFile, key: str) -> str | None:

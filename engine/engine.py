@@ -6,18 +6,22 @@ import operator
 import os
 from collections.abc import Sequence
 from importlib.resources import as_file, files
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from . import backend as backends
 from . import models
 from .errors import EngineError
 from .gguf_file import read
 from .hparams import HParams
+from .k_cache import DEFAULT_TYPE_K
 from .model import MIN_MHA_TOKENS, Model, Progress
 from .prefixes import Prefixes
 from .request import Arguments
 from .stream import Stream
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .batch import Batch
 
 DEFAULT_MODEL = "tiny-mla-tales-Q8_0.gguf"
 DEFAULT_N_CTX = 4096
@@ -45,7 +49,7 @@ class Engine(Stream):
         self,
         path: str | os.PathLike[str] | None = None,
         n_ctx: int | None = None,
-        type_k: str = "f16",
+        type_k: str = DEFAULT_TYPE_K,
         n_threads: int | None = None,
         n_ubatch: int = 512,
         min_mha_tokens: int = MIN_MHA_TOKENS,
@@ -76,12 +80,24 @@ class Engine(Stream):
             min_mha_tokens,
             progress,
         )
+        self._batches: list[Batch] = []  # that run
         super().__init__(model, n_ctx or min(hparams.n_ctx_train, DEFAULT_N_CTX), type_k)
 
     def stream(self, n_ctx: int | None = None, type_k: str | None = None) -> Stream:
         """Another cache and position over the same weights; may run in another thread."""
         n_ctx = self.n_ctx if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
         return Stream(self.model, n_ctx, self.type_k if type_k is None else type_k)
+
+    def cancel(self) -> None:
+        """Stop what runs in other threads, of the default stream or generate_many(), at the next tile."""
+        super().cancel()
+        for batch in list(self._batches):
+            batch.cancel()
+
+    def close(self) -> None:
+        """As Stream.close(); the prefixes are given back, too. Streams of this engine go on."""
+        super().close()
+        self.model.prefixes.clear()
 
     def generate_many(
         self,

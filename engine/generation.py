@@ -11,6 +11,7 @@ have alone, so the text is that of one token at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -29,6 +30,9 @@ from .stopping import StopStrings
 
 if TYPE_CHECKING:
     from .stream import Stream
+
+
+MAX_ENDS = 4  # prompts whose logits a stream remembers
 
 
 @dataclass
@@ -67,26 +71,35 @@ class Response:
     finish_reason: str | None = None
 
 
+def text(stream: Stream, prompt: str | Sequence[int], arguments: Mapping[str, Any]) -> Text:
+    """A text that has not begun; everything about it is checked."""
+    request = Request.of(arguments)
+    ids = prompt_ids(stream, prompt)
+    if request.context_shift and request.n_keep is not None and request.n_keep >= stream.n_ctx:
+        raise EngineError(f"n_keep is {request.n_keep}; expected less than n_ctx = {stream.n_ctx}")
+    return Text(stream, ids, request)
+
+
 def start(stream: Stream, prompt: str | Sequence[int], arguments: Mapping[str, Any]) -> Generator[Response, None, None]:
     """Check everything, compile, and drop what the prompt does not share with the cache; then the Responses."""
-    text = Text(stream, prompt_ids(stream, prompt), Request.of(arguments))
-    stream._run.cancel[0] = 0
-    text.prepare()
-    return text.responses()
+    begun = text(stream, prompt, arguments)
+    begun.prepare()
+    return begun.responses()
 
 
 class Text:
     """One text in the making: its tokens so far, and what decides on the next one and on the end.
 
     history   the prompt and what was generated; all but its last token are in the cache, or were until a shift
-    held      tokens that the cache holds if nobody else has used it
+    n_right   drafted tokens that were chosen, of the last step
     last      the token that was chosen last, even if it ended the text
     """
 
     def __init__(self, stream: Stream, ids: list[int], request: Request):
         tokenizer = stream.tokenizer
         self.stream, self.request, self.history = stream, request, ids
-        self.held, self.last = 0, ids[-1]
+        self.n_right, self.last = 0, ids[-1]
+        self._known: np.ndarray | None = None  # the prompt's logits, if it was all there
         self.stats = Stats(n_prompt=len(ids))
         self.n_vocab = min(stream.hparams.n_vocab, tokenizer.n_vocab)  # some files have more logits than tokens
         self.stops = StopStrings(request.stops)
@@ -103,18 +116,23 @@ class Text:
         n_keep = request.n_keep
         self.n_keep = int(ids[0] == tokenizer.bos_id) if n_keep is None else min(n_keep, len(ids))
 
-    def prepare(self) -> None:
+    def prepare(self, uncancel: bool = True) -> None:
         """Take the stream: compile, and drop from the cache what is not of this text."""
-        stream, request, ids = self.stream, self.request, self.history
+        stream, ids = self.stream, self.history
         with stream._alone():
-            stream._checked(ids, 0)
-            if request.context_shift and request.n_keep is not None and request.n_keep >= stream.n_ctx:
-                raise EngineError(f"n_keep is {request.n_keep}; expected less than n_ctx = {stream.n_ctx}")
-            self.stats.n_reused = self.held = stream._reuse(ids)
-            stream._compile(len(ids) - self.held)
-            for n in speculate.ROWS if request.speculate else ():
-                stream._recording(n, 0, n)
-            stream.stats = self.stats
+            if uncancel:
+                stream._run.cancel[0] = 0
+            stream._text = None
+            self.stats.n_reused = n = stream._reuse(ids)
+            if n == len(ids):
+                end = stream._end(n)
+                assert end is not None
+                self._known = end.logits[None].copy()
+            stream._compile(len(ids) - n)
+            for rows in speculate.ROWS if self.request.speculate else ():
+                if rows <= stream.n_ubatch:
+                    stream._recording(rows, 0, rows)
+            stream.stats, stream._text = self.stats, self
 
     def responses(self) -> Generator[Response, None, None]:
         stats = self.stats
@@ -126,8 +144,10 @@ class Text:
             stats.t_prompt = time.perf_counter() - began
             began = time.perf_counter()
             while not self.over():
-                responses = self.choose(rows, draft)
-                self.settle(len(draft) - sum(response.from_draft for response in responses))
+                try:
+                    responses = self.choose(rows, draft)
+                finally:  # a processor may have raised
+                    self.settle(len(draft) - self.n_right)
                 stats.t_generated += time.perf_counter() - began
                 yield from responses
                 if self.over():
@@ -138,23 +158,21 @@ class Text:
                 if lookup is not None:
                     lookup.timed(1 + len(draft), time.perf_counter() - began)
         except Cancelled:
-            stats.finish_reason = "cancelled"
+            stats.finish_reason = stats.finish_reason or "cancelled"
         except (KeyboardInterrupt, GeneratorExit):
-            stats.finish_reason = "cancelled"
+            stats.finish_reason = stats.finish_reason or "cancelled"
             raise
         yield self.finish()
 
     def prompt(self) -> np.ndarray:
         """Logits (1, n_vocab) after the prompt, of which the cache holds the first tokens."""
-        stream, n = self.stream, len(self.history)
-        if self.held == n:
-            assert stream._end is not None and stream._end.n == n
-            return stream._end.logits[None].copy()
-        tell, reused = self.request.progress, self.held
+        if self._known is not None:
+            with self.stream._alone():
+                self._must_own()
+            return self._known
+        n, reused, tell = len(self.history), self.stats.n_reused, self.request.progress
         progress = None if tell is None else lambda done: tell(reused + done, n)
-        rows = self.advance(self.history[reused:], 1, progress)
-        stream._end = End(n, rows[0].copy())
-        return rows
+        return self.advance(self.history[reused:], 1, progress, keep_end=True)
 
     def finish(self) -> Response:
         """The last one: what was held back, and why the text ends."""
@@ -172,38 +190,47 @@ class Text:
         """Tokens that may be drafted."""
         stats, limit, stream = self.stats, self.request.max_tokens, self.stream
         left = MAX_DECODE_TOKENS if limit is None else limit - stats.n_generated
-        return max(0, min(left, MAX_DECODE_TOKENS, stream.n_ctx - stream.n_kv) - 1)
+        return max(0, min(left, MAX_DECODE_TOKENS, stream.n_ubatch, stream.n_ctx - stream.n_kv) - 1)
 
-    def advance(self, tokens: list[int], n_logits: int, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """Logits (n_logits, n_vocab) of the last tokens: a step of this text, if nothing else has used the stream."""
+    def advance(
+        self, tokens: list[int], n_logits: int, progress: Callable[[int], None] | None = None, keep_end: bool = False
+    ) -> np.ndarray:
+        """Logits (n_logits, n_vocab) of the last tokens: a step of this text, if nothing else has used the stream.
+
+        keep_end: the stream is to know the last ones, should the same be asked again
+        """
         stream = self.stream
         with stream._alone():
-            if stream.stats is not self.stats or stream.n_kv != self.held:
-                raise EngineError(
-                    "something else used this stream before the text ended; take engine.stream() for a second one"
-                )
-            try:
-                self._make_room(len(tokens))
-                rows = stream._step(stream._checked(tokens, stream.n_kv), n_logits, progress)
-            finally:
-                self.held = stream.n_kv
-            return rows[:, : self.n_vocab]
+            self._must_own()
+            self._make_room(len(tokens))
+            rows = stream._step(stream._checked(tokens, stream.n_kv), n_logits, progress)[:, : self.n_vocab]
+            if keep_end:
+                stream._ends = [*stream._ends[1 - MAX_ENDS :], End(stream.n_kv, rows[-1].copy())]
+            return rows
 
     def make_room(self, n: int) -> None:
         """Shift the context, if that is wanted and n more tokens would not fit."""
         with self.stream._alone():
+            self._must_own()
             self._make_room(n)
 
     def _make_room(self, n: int) -> None:
         stream = self.stream
-        if self.request.context_shift and self.held + n > stream.n_ctx:
-            n_keep = min(self.n_keep, self.held - 1)
-            stream._shift(n_keep, max(1, (self.held - n_keep) // 2))
-            self.held = stream.n_kv
+        if self.request.context_shift and stream.n_kv + n > stream.n_ctx:
+            n_keep = min(self.n_keep, stream.n_kv - 1)
+            stream._shift(n_keep, max(1, (stream.n_kv - n_keep) // 2))
+
+    def _must_own(self) -> None:
+        if self.stream._text is not self:
+            raise EngineError(
+                "something else used this stream before the text ended; take engine.stream() for a second one"
+            )
 
     def choose(self, rows: np.ndarray, draft: list[int]) -> list[Response]:
         """The next tokens: one for each row of logits, as long as the draft says what is chosen."""
         stats, wanted, found = self.stats, self.request.logprobs, []
+        stats.n_drafted += len(draft)
+        self.n_right = 0
         for i, logits in enumerate(rows):
             own = logits.copy() if wanted is not None else None  # the sampler may change them
             token = self.last = self.sampler.sample(logits, self.history)
@@ -215,21 +242,21 @@ class Text:
             piece = self.stops.push(self.bytes.push(token))
             logprobs = token_logprobs(own, token, wanted) if own is not None and wanted is not None else None
             right = i < len(draft) and token == draft[i]
+            self.n_right += right
+            stats.n_accepted += right
             found.append(self._response(piece, token, logprobs, right, None))
             if self.stops.found or (self.constraint is not None and self.constraint.finished):
                 stats.finish_reason = "stop"
             if not right or self.over():
                 break
-        stats.n_drafted += len(draft)
-        stats.n_accepted += sum(response.from_draft for response in found)
         return found
 
     def settle(self, n_wrong: int) -> None:
         """Take back the rows of drafted tokens that were not chosen."""
         if n_wrong:
             with self.stream._alone():
+                self._must_own()
                 self.stream._truncate(self.stream.n_kv - n_wrong)
-                self.held = self.stream.n_kv
 
     def _response(
         self, text: str, token: int, logprobs: TokenLogprobs | None, from_draft: bool, finish_reason: str | None
@@ -266,21 +293,24 @@ def texts(responses: Generator[Response, None, None]) -> Generator[str, None, No
         responses.close()
 
 
-async def in_thread(stream: Stream, pieces: Generator[str, None, None]) -> AsyncGenerator[str, None]:
+async def in_thread(text: Text) -> AsyncGenerator[str, None]:
     """The pieces, each computed in another thread. To close this, or to cancel the task, stops the step that runs."""
-    loop = asyncio.get_running_loop()
-    end = object()
+
+    async def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+        waiting = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            while not waiting.done():  # however often it is cancelled: the stream is in use until then
+                text.stream.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([waiting], timeout=0.1)
+            raise
+
+    await elsewhere(text.prepare)
+    pieces = texts(text.responses())
     try:
-        while True:
-            waiting = loop.run_in_executor(None, next, pieces, end)
-            try:
-                piece = await asyncio.shield(waiting)
-            except asyncio.CancelledError:
-                stream.cancel()
-                await waiting
-                raise
-            if piece is end:
-                return
-            yield piece  # type: ignore[misc]
+        while (piece := await elsewhere(next, pieces, None)) is not None:
+            yield piece
     finally:
         pieces.close()

@@ -41,6 +41,7 @@ import numpy as np
 from .errors import EngineError
 
 TYPES_K = ("f16", "bf16", "q8")
+DEFAULT_TYPE_K = "q8"  # no further from float64 than f16 (README), 0.57 of its memory, and the fastest of the three
 PAGE = mmap.PAGESIZE
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # has its name since 3.13
 
@@ -133,7 +134,7 @@ class KCache:
 
     def truncate(self, n: int) -> None:
         """Keep the first n tokens; the rows after them may be written again."""
-        if not isinstance(n, int | np.integer) or not 0 <= n <= self.n_kv:
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 0 <= n <= self.n_kv:
             raise EngineError(f"truncate({n!r}): expected 0 to n_kv = {self.n_kv}")
         self.n_kv = int(n)
         self.head = self.head.cut(self.n_kv)

@@ -1,4 +1,5 @@
 """available(): bytes of memory that this process can still take without the machine swapping or being killed.
+resident(): bytes that it has now, its own ones and those of mapped files, which the system can take back.
 
 Linux    MemAvailable (free, and what the page cache would give back), and a container's limit if that is lower
 Windows  available physical memory
@@ -23,6 +24,20 @@ def available() -> int | None:
         if known:
             return min(known)
     return _physical()
+
+
+def resident() -> tuple[int, int] | None:
+    """(anonymous, mapped from files) bytes of this process; None where the system does not tell them apart."""
+    return _resident(Path("/proc/self/status")) if sys.platform == "linux" else None
+
+
+def _resident(status: Path) -> tuple[int, int] | None:
+    try:
+        rows = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Rss"))
+        anonymous, *mapped = (int(rows[name].split()[0]) << 10 for name in ("RssAnon", "RssFile", "RssShmem"))
+    except (OSError, ValueError, KeyError):
+        return None
+    return anonymous, sum(mapped)
 
 
 def _linux(meminfo: Path) -> int | None:

@@ -37,6 +37,7 @@ Breakers = dict[int, set[tuple[int, ...]]]  # token that begins one (or holds it
 def penalise(logits: np.ndarray, history: Sequence[int] | np.ndarray, s: Sampling) -> None:
     """Repeat, presence and frequency penalty on the last repeat_last_n tokens; changes logits (n_vocab,) f32."""
     recent = _last(history, s.repeat_last_n)
+    recent = recent[recent < len(logits)]  # a prompt may have ids that the tokenizer has no text for
     if not len(recent):
         return
     ids, counts = np.unique(recent, return_counts=True)
@@ -60,7 +61,7 @@ def dry(logits: np.ndarray, history: Sequence[int] | np.ndarray, s: Sampling, br
     if max_exponent:
         longest = min(longest, s.dry_allowed_length + max_exponent)
     for token, length in _repeats(recent, s.dry_allowed_length, longest).items():
-        if () not in breakers.get(token, ()):
+        if token < len(logits) and () not in breakers.get(token, ()):
             power = math.exp(min(math.log(s.dry_base) * (length - s.dry_allowed_length), LOG_F32_MAX))
             logits[token] = max(float(logits[token]) - s.dry_multiplier * power, -F32_MAX)
 

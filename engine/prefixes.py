@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,18 +27,18 @@ class End:
 
 @dataclass(frozen=True)
 class Prefix:
-    """rows[il] (n, row_stride) u8 of tokens (n,) int32, row 0 at first_position; the end of a prompt among them."""
+    """rows[il] (n, row_stride) u8 of tokens (n,) int32, row 0 at first_position; the ends of prompts among them."""
 
     type_k: str
     tokens: np.ndarray
     first_position: int
     rows: list[np.ndarray]
-    end: End | None
+    ends: tuple[End, ...]
 
     @property
     def nbytes(self) -> int:
-        end = self.end.logits.nbytes if self.end is not None else 0
-        return self.tokens.nbytes + sum(rows.nbytes for rows in self.rows) + end
+        ends = sum(end.logits.nbytes for end in self.ends)
+        return self.tokens.nbytes + sum(rows.nbytes for rows in self.rows) + ends
 
 
 class Prefixes:
@@ -54,7 +54,7 @@ class Prefixes:
         with self._lock:
             return sum(prefix.nbytes for prefix in self._kept)
 
-    def keep(self, cache: KCache, tokens: Sequence[int], end: End | None = None) -> None:
+    def keep(self, cache: KCache, tokens: Sequence[int], ends: Sequence[End] = ()) -> None:
         """Copy the rows of a cache, whose tokens these are; no more than the budget has room for."""
         n = min(len(tokens), self.budget // (cache.layout.bytes_per_token + 4))
         if n < MIN_TOKENS:
@@ -63,13 +63,19 @@ class Prefixes:
         with self._lock:
             if any(common(prefix.tokens, ids) == n for prefix in self._of(cache)):
                 return
-        end = end if end is not None and end.n <= n else None
-        prefix = Prefix(cache.layout.type_k, ids, cache.first_position, [rows[:n].copy() for rows in cache.rows], end)
+        prefix = Prefix(cache.layout.type_k, ids, cache.first_position, [rows[:n].copy() for rows in cache.rows], ())
+        room = self.budget - prefix.nbytes
+        fitting = tuple(end for end in ends if end.n <= n and (room := room - end.logits.nbytes) >= 0)
+        prefix = replace(prefix, ends=fitting)
         with self._lock:
             covered = [p for p in self._of(cache) if common(p.tokens, ids) == len(p.tokens)]
             self._kept = [p for p in self._kept if not any(p is c for c in covered)] + [prefix]
             while sum(p.nbytes for p in self._kept) > self.budget:
                 del self._kept[0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
 
     def longest(self, cache: KCache, tokens: Sequence[int], at_least: int) -> tuple[Prefix | None, int]:
         """(the kept prefix that shares the most first tokens with these, how many); None if they are fewer."""

@@ -84,6 +84,14 @@ class Request:
                 raise EngineError(f"{name} is {value!r}; expected 0 or more, or None")
         if not isinstance(self.sampling, Sampling):
             raise EngineError(f"sampling is of type {type(self.sampling).__name__}; expected a Sampling")
+        if not isinstance(self.stop, Sequence):
+            raise EngineError(f"stop is {self.stop!r}; expected a text, or a list of them")
+        if self.grammar is not None and not hasattr(self.grammar, "constraint"):
+            raise EngineError(f"grammar is of type {type(self.grammar).__name__}; expected a Grammar")
+        if not callable(self.logits_processor) and not isinstance(self.logits_processor, Sequence):
+            raise EngineError(f"logits_processor is {self.logits_processor!r}; expected callables of (history, logits)")
+        if self.progress is not None and not callable(self.progress):
+            raise EngineError(f"progress is {self.progress!r}; expected a callable of (done, total)")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Request:
@@ -106,9 +114,10 @@ class Request:
 
 
 def prompt_ids(stream: Stream, prompt: str | Sequence[int]) -> list[int]:
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+    """The tokens of a prompt: at least one, all of the vocabulary, and no more than the context holds."""
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
         raise EngineError(f"prompt is of type {type(prompt).__name__}; expected text or token ids")
-    ids = stream.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
+    ids = stream.tokenize(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(ids, Sequence) and not ids:
         raise EngineError("the prompt is empty, and the model has no BOS token to start from")
-    return ids
+    return [int(token) for token in stream._checked(ids, 0)]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -37,7 +36,9 @@ class Stream:
         self.stats = Stats()
         self.n_ubatch = min(model.n_ubatch, n_ctx)
         self._tokens: list[int] = []
-        self._end: End | None = None  # of the last prompt
+        self._ends: list[End] = []  # of the last prompts
+        self._text: object = None  # the generation that the cache belongs to; nobody's after a step or a truncate()
+        self._keeps_prefixes = True
         self._run = model.ops.Run(model.n_threads)
         self._buffers = Buffers(self.n_ubatch)
         self._recordings: dict[tuple[int, int], Recording] = {}
@@ -52,8 +53,8 @@ class Stream:
         with self._alone():
             self._closed = True
             self._recordings.clear()
-            self._buffers = Buffers(0)
-            self._tokens = []
+            self._buffers, self._run = Buffers(0), self.model.ops.Run(1)
+            self._tokens, self._ends, self._text = [], [], None
             self.cache.release()
 
     # ------------------------------------------------------------------------------------------------- the cache
@@ -71,7 +72,7 @@ class Stream:
     @property
     def tokens(self) -> list[int]:
         """Ids of the tokens in the cache, in order; a copy."""
-        return self._tokens.copy()
+        return self._tokens[: self.n_kv]
 
     @property
     def first_position(self) -> int:
@@ -94,6 +95,7 @@ class Stream:
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens. EngineError unless 0 <= n <= n_kv."""
         with self._alone():
+            self._text = None
             self._truncate(n)
 
     def clear(self) -> None:
@@ -107,6 +109,7 @@ class Stream:
         latent is not touched. EngineError for what is negative, no integer, or more than n_kv in all.
         """
         with self._alone():
+            self._text = None
             self._shift(n_keep, n_discard)
 
     def save(self, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
@@ -121,33 +124,32 @@ class Stream:
         from . import session
 
         with self._alone():
+            self._text = None
             return session.load(self, path)
+
+    # After Ctrl-C between any two lines the first n_kv of _tokens are those of the rows: tokens come before rows.
 
     def _truncate(self, n: int) -> None:
         self.cache.truncate(n)
+        self._ends = [end for end in self._ends if end.n <= self.n_kv]
         del self._tokens[self.n_kv :]
-        if self._end is not None and self._end.n > self.n_kv:
-            self._end = None
 
     def _shift(self, n_keep: int, n_discard: int) -> None:
         cache, ops, hp = self.cache, self.model.ops, self.hparams
         cache.check_drop(n_keep, n_discard)
         if not n_discard:
             return
-        self._end = None
+        self._ends = []
+        run = ops.Run(self.model.n_threads)  # cancel() has to wait: what is half done would have to be thrown away
         try:
             cache.drop(n_keep, n_discard)
             del self._tokens[n_keep : n_keep + n_discard]
             cos_sin = np.empty((n_keep, hp.n_rot), np.float32)
             turns = np.arange(n_keep) + cache.first_position - cache.head.positions
             fill_cos_sin(turns, hp.inv_freq, 1.0, cos_sin)
-            self._run.take()
             for il in range(hp.n_layer if n_keep else 0):
-                ops.k_shift(
-                    self._run, cache.head.rope[il], cos_sin, cache.rows[il], self.type_k, hp.kv_lora_rank, hp.n_rot
-                )
-            self._run.cancel[0] = 0
-            self._run.sync()
+                ops.k_shift(run, cache.head.rope[il], cos_sin, cache.rows[il], self.type_k, hp.kv_lora_rank, hp.n_rot)
+            run.sync()
         except BaseException:  # Ctrl-C between two layers: rows that are half moved are no rows
             self._truncate(0)
             raise
@@ -155,29 +157,33 @@ class Stream:
     def _restore(self, tokens: Sequence[int], first_position: int, rows: Sequence[np.ndarray]) -> None:
         """Hold these tokens and their rows, rows[il] (n, row_stride) u8, instead of what there is; checked before."""
         self._truncate(0)
-        self.cache.restore(rows, first_position)
         self._tokens = [int(token) for token in tokens]
+        self.cache.restore(rows, first_position)
 
     def _reuse(self, ids: Sequence[int]) -> int:
         """Hold as many of the first of these tokens as the cache knows, or the model's prefixes; how many that are.
 
         All of them only if the logits after the last one are known, too. What the cache loses may become a prefix.
         """
-        prefixes = self.model.prefixes
-        n = common(self._tokens, ids)
+        prefixes, held = self.model.prefixes, self.tokens
+        n = common(held, ids)
         prefix, n_prefix = prefixes.longest(self.cache, ids, n + MIN_TOKENS)
-        if self.n_kv - n >= MIN_TOKENS:
-            prefixes.keep(self.cache, self._tokens, self._end)
+        if self.n_kv - n >= MIN_TOKENS and self._keeps_prefixes:
+            prefixes.keep(self.cache, held, self._ends)
         if prefix is not None:
-            n = min(n_prefix, self.n_ctx)
+            n = n_prefix
             self._restore(ids[:n], prefix.first_position, [rows[:n] for rows in prefix.rows])
-            self._end = prefix.end
-        elif self.first_position and n < MIN_TOKENS:
-            n = 0  # positions begin at 0 again
-        if n == len(ids) and (self._end is None or self._end.n != n):
+            self._ends = list(prefix.ends)
+        if n == len(ids) and self._end(n) is None:
             n -= 1
+        if n < min(MIN_TOKENS, len(ids)):
+            n = 0  # computed in one go, an unrelated prompt does not round as what was there before has it
         self._truncate(n)
         return n
+
+    def _end(self, n: int) -> End | None:
+        """What is known of the logits after the first n tokens."""
+        return next((end for end in self._ends if end.n == n), None)
 
     # --------------------------------------------------------------------------------------------------- a step
 
@@ -191,6 +197,7 @@ class Stream:
             ids = self._checked(tokens, self.n_kv)
             if logits not in ("last", "all"):
                 raise EngineError(f"logits is {logits!r}; expected 'last' or 'all'")
+            self._text = None
             self._run.cancel[0] = 0
             rows = self._step(ids, len(ids) if logits == "all" else 1)
             return rows if logits == "all" else rows[0]
@@ -223,8 +230,8 @@ class Stream:
             self._run.replay(tape)
         except self.model.ops.Cancelled:
             raise Cancelled("the step was cancelled") from None
+        self._tokens[self.n_kv :] = ids.tolist()
         self.cache.append(n_tok)
-        self._tokens += ids.tolist()
         return logits
 
     def _recording(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
@@ -234,7 +241,7 @@ class Stream:
             return self._recordings[key]
         recording = self._record(n_tok, n_past, n_logits)
         self.model.ops.prepare([recording[1]], self.model.progress)
-        if n_tok <= MAX_DECODE_TOKENS:
+        if n_tok <= MAX_DECODE_TOKENS and not recording[0].mha:
             self._recordings[key] = recording
         return recording
 
@@ -270,16 +277,13 @@ class Stream:
             )
         return ids.astype(np.int32)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
+    def _alone(self) -> threading.Lock:
+        """`with self._alone():` one thread at a time, not after close(). The lock itself: Ctrl-C cannot tear it."""
+        if self._busy.locked():
             raise EngineError("this stream is in use by another thread; take engine.stream() for a second one")
-        try:
-            if self._closed:
-                raise EngineError("this stream is closed")
-            yield
-        finally:
-            self._busy.release()
+        if self._closed:
+            raise EngineError("this stream is closed")
+        return self._busy
 
     # ----------------------------------------------------------------------------------------------------- text
 
@@ -328,7 +332,7 @@ class Stream:
 
         A cancelled task, or closing the iterator, stops the step that runs.
         """
-        return generation.in_thread(self, self.generate(prompt, max_tokens, **arguments))
+        return generation.in_thread(generation.text(self, prompt, {"max_tokens": max_tokens, **arguments}))
 
     def chat(
         self,

@@ -14,10 +14,11 @@ from engine import cli
 from engine.engine import default_model
 
 ROOT = Path(__file__).resolve().parents[1]
+CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    konly ")]
+COMMANDS = [line.split("#")[0].strip() for line in (README + CLI).splitlines() if line.startswith("    konly ")]
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -28,14 +29,15 @@ def test_python_of_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_readme_are_understood(line: str) -> None:
+def test_commands_of_the_documents_are_understood(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = cli.main.commands[name]
     assert command.make_context(name, arguments, parent=click.Context(cli.main)).params["model"] == "model.gguf"
 
 
 def test_the_readme_has_the_two_commands_and_python_to_run() -> None:
-    assert len(PYTHON) == 2 and len(COMMANDS) == 3
+    assert len(PYTHON) == 2 and len(COMMANDS) == 13
+    assert {shlex.split(line)[1] for line in COMMANDS} == set(cli.main.commands)
     for name in ("try.py", "test.py"):
         assert f"    python scripts/{name}" in README
 

@@ -63,8 +63,8 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine: Engine, monkey
     reused: list[int] = []
     prepare = Text.prepare
 
-    def count(text: Text) -> None:
-        prepare(text)
+    def count(text: Text, uncancel: bool) -> None:
+        prepare(text, uncancel)
         reused.append(text.stats.n_reused)
 
     monkeypatch.setattr(Text, "prepare", count)

@@ -1,12 +1,12 @@
 """Stopping: at the next tile, from any thread, and what was finished stays usable. Times here are loose on purpose; the
-figures come from scripts/bench_latency.py."""
+figures come from scripts/bench_streams.py."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,8 +60,9 @@ def test_a_long_prompt_can_be_cancelled_and_goes_on_where_it_stopped(heavy: Engi
     assert time.monotonic() - start < when + 2
     assert heavy.stats.finish_reason == "cancelled"
     assert heavy.n_kv % 512 == 0 and heavy.tokens == TOKENS[: heavy.n_kv].tolist()
-    list(heavy.generate(TOKENS[:700].tolist(), max_tokens=1))
-    assert heavy.stats.n_reused == min(heavy.n_kv, 700 // 512 * 512 if heavy.stats.n_reused else 0)
+    held = heavy.n_kv
+    list(heavy.generate(TOKENS[:1100].tolist(), max_tokens=1))
+    assert heavy.stats.n_reused == min(held, 1100)
 
 
 def test_the_host_s_threads_go_on_during_a_prompt(heavy: Engine) -> None:
@@ -159,3 +160,58 @@ def test_a_cancelled_step_raises_in_its_own_thread(heavy: Engine) -> None:
     threading.Timer(0.05, heavy.cancel).start()
     with pytest.raises(Cancelled):
         heavy.step(TOKENS)
+
+
+def test_a_task_that_is_cancelled_twice_ends_as_one_that_is_cancelled(heavy: Engine) -> None:
+    heavy.clear()
+
+    async def main() -> None:
+        async def consume() -> None:
+            async for _ in heavy.agenerate(TOKENS.tolist(), max_tokens=3):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.1)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert np.isfinite(heavy.step([5])).all()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals that come at any moment")
+def test_ctrl_c_at_any_moment_leaves_a_stream_that_tells_the_truth() -> None:
+    """Many short calls, interrupted anywhere: the lock is free, and tokens are those of the rows."""
+    engine = Engine()
+    tokens = engine.tokenize(PROMPT)
+    truth = Engine()
+    n_interrupts = 0
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(600):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + (i % 97) * 2e-5)
+                for n in (3, 5, 2):
+                    engine.step(tokens[:n])
+                    engine.truncate(n)
+                    engine.shift(1, 1)
+                while True:
+                    engine.clear()
+                    engine.step(tokens[:4])
+            except KeyboardInterrupt:
+                n_interrupts += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert len(engine.tokens) == engine.n_kv
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert n_interrupts == 600
+    engine.clear()
+    assert (engine.step(tokens) == truth.step(tokens)).all()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import math
 import sys
 import types
 import warnings
@@ -14,10 +17,12 @@ from click.testing import CliRunner, Result
 
 import engine
 from engine import cli, console, memory
+from engine.commands import bench, options, sampling, text
 from engine.errors import ModelFormatError
-from engine.k_cache import TYPES_K, KCacheLayout
+from engine.grammar import Grammar
+from engine.k_cache import DEFAULT_TYPE_K, TYPES_K, KCacheLayout
 from engine.parts import PARTS
-from engine.sampler import Sampling
+from engine.sampling import Sampling
 from engine.stream import Stats
 
 
@@ -43,10 +48,14 @@ class StubEngine:
         StubEngine.opened = self
 
     def generate(self, prompt: str, **options: Any) -> Iterator[str]:
+        assert callable(options.pop("progress"))
         self.prompt, self.generate_options = prompt, options
         yield from self.pieces
         if self.fails:
             raise self.fails
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(range(len(text.split())))
 
     def close(self) -> None:
         self.closed = True
@@ -68,7 +77,7 @@ def test_run_prints_the_text_on_stdout_and_one_line_on_stderr() -> None:
     done = konly("run", "model.gguf", "-p", "Oh. ")
     assert done.exit_code == 0
     assert done.stdout == "Oh. Hello, wörld\n"
-    assert done.stderr == "prompt 5 tokens, 500.0 t/s | generated 64 tokens, 315.0 t/s | K-cache 3.0 MiB (f16)\n"
+    assert done.stderr == "prompt 5 tokens, 500.0 t/s | generated 64 tokens, 315.0 t/s | K-cache 3.0 MiB (q8)\n"
     assert StubEngine.opened.path == "model.gguf"
     assert StubEngine.opened.prompt == "Oh. "
     assert StubEngine.opened.closed
@@ -83,21 +92,71 @@ def test_defaults_are_left_to_the_engine() -> None:
     opened = StubEngine.opened
     assert opened.path is None
     assert callable(opened.options.pop("progress"))
-    assert opened.options == {"n_ctx": None, "type_k": "f16", "n_threads": None, "n_ubatch": 512}
+    assert opened.options == {"n_ctx": None, "type_k": DEFAULT_TYPE_K, "n_threads": None, "n_ubatch": 512}
     assert opened.generate_options == {"max_tokens": None, "sampling": Sampling()}
 
 
 def test_every_option_arrives() -> None:
-    konly(*"run -m m.gguf -p x -n 7 -c 99 -t 3 -ub 64 -ctk q8 --temp 0 --top-k 5 --top-p 0.5 --min-p 0.1".split(),
-          *"--repeat-penalty 1.1 --repeat-last-n -1 --seed 42".split())  # fmt: skip
+    konly(*"run -m m.gguf -p x -n 7 -c 99 -t 3 -ub 64 -ctk q8".split())
     opened = StubEngine.opened
     opened.options.pop("progress")
     assert opened.path == "m.gguf"
     assert opened.options == {"n_ctx": 99, "type_k": "q8", "n_threads": 3, "n_ubatch": 64}
-    assert opened.generate_options == {
-        "max_tokens": 7,
-        "sampling": Sampling(0.0, 5, 0.5, 0.1, repeat_penalty=1.1, repeat_last_n=-1, seed=42),
-    }
+    assert opened.generate_options == {"max_tokens": 7, "sampling": Sampling()}
+
+
+def test_every_sampling_option_arrives() -> None:
+    given: dict[str, Any] = {}
+    words = []
+    for i, (option, field, default, _) in enumerate(sampling.NUMBERS):
+        value = (
+            2 if field == "mirostat" else type(default)(round(0.5 + i / 100, 2) if isinstance(default, float) else i)
+        )
+        given[field] = value
+        words += [option, str(value)]
+    konly("run", "-p", "x", *words, *"--seed 42 --ignore-eos -l 5+1.5 -l 7-inf --dry-sequence-breaker".split(), "\\n")
+    expected = Sampling(
+        **given, seed=42, ignore_eos=True, logit_bias={5: 1.5, 7: -math.inf}, dry_sequence_breakers=("\n",)
+    )
+    assert StubEngine.opened.generate_options["sampling"] == expected
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    assert fields - set(given) == {"seed", "ignore_eos", "logit_bias", "dry_sequence_breakers", "min_keep"}
+
+
+def test_no_breaker_stops_dry_where_none_is_given() -> None:
+    konly("run", "-p", "x", "--dry-sequence-breaker", "none")
+    assert tuple(StubEngine.opened.generate_options["sampling"].dry_sequence_breakers) == ()
+
+
+def test_options_of_the_text_arrive(tmp_path: Any) -> None:
+    konly("run", "-p", "x", "-r", "User:", "-r", "\\n\\n", "--context-shift", "--keep", "3", "--draft-ngram")
+    options = StubEngine.opened.generate_options
+    del options["sampling"], options["max_tokens"]
+    assert options == {"stop": ["User:", "\n\n"], "context_shift": True, "n_keep": 3, "speculate": True}
+    konly("run", "-p", "four words of prompt", "--keep", "-1")
+    assert StubEngine.opened.generate_options["n_keep"] == 4
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "json_schema in a file", "regex", "lark"])
+def test_a_grammar_arrives(tmp_path: Any, kind: str) -> None:
+    schema, lark, file = '{"type": "object"}', 'start: "a"+', tmp_path / "given"
+    file.write_text((lark if kind == "lark" else schema) + "\n", encoding="utf-8")
+    option, value = {
+        "json_schema": ("--json-schema", schema),
+        "json_schema in a file": ("--json-schema", str(file)),
+        "regex": ("--regex", "a+"),
+        "lark": ("--grammar-file", str(file)),
+    }[kind]
+    assert konly("run", "-p", "x", option, value).exit_code == 0
+    expected = {"regex": Grammar.regex("a+"), "lark": Grammar.lark(lark)}.get(kind, Grammar.json_schema(schema))
+    assert StubEngine.opened.generate_options["grammar"] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("a", "a"), ("\\n", "\n"), ("a\\\\n\\t", "a\\n\t"), ("\\d\\", "\\d\\"), ('\\"', '"')]
+)
+def test_escapes_in_options_are_llama_cpps(text: str, meant: str) -> None:
+    assert sampling.unescaped(text) == meant
 
 
 @pytest.mark.parametrize("arguments", [("-p", "-"), ()])
@@ -121,6 +180,9 @@ def test_prompt_comes_from_a_file(tmp_path: Any) -> None:
         (("run", "-f", "/nowhere/prompt.txt"), "prompt.txt: cannot be read"),
         (("run", "-p", "x", "-ctk", "q4"), "'f16', 'bf16', 'q8'"),
         (("run", "-p", "x", "-n", "-2"), "-1"),
+        (("run", "-p", "x", "-l", "word+1"), "expected a token id and a bias like 15043-1.5"),
+        (("run", "-p", "x", "--regex", "a", "--json-schema", "{}"), "two grammars: --json-schema and --regex"),
+        (("run", "-p", "x", "--json-schema", "/nowhere/schema"), "schema: cannot be read"),
         (("bench", "-d", "0,many"), "expected numbers"),
         (("bench", "-ctk", "f16,q4"), "q4; expected f16, bf16, q8"),
     ],
@@ -166,7 +228,7 @@ def test_a_disk_that_is_full_is_one_line(stub: type[StubEngine]) -> None:
 def test_contexts_beyond_training_or_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda: 8 << 30)
     assert "Note" not in konly("run", "-p", "x").stderr
-    beyond, short = konly("run", "-p", "x", "-c", "400000").stderr.splitlines()[:2]
+    beyond, short = konly("run", "-p", "x", "-c", "400000", "-ctk", "f16").stderr.splitlines()[:2]
     assert beyond == "Note: n_ctx = 400,000 is more than the 4,096 tokens that the model was trained for"
     assert short == "Note: 400,000 tokens in the K-cache take 11.6 GiB; 8.0 GiB of memory are available"
 
@@ -196,21 +258,29 @@ def test_a_full_context_is_told(monkeypatch: pytest.MonkeyPatch, n_predict: str,
     assert done.stderr.endswith("| stopped: n_ctx = 4,096 is full\n") == full
 
 
+def test_what_was_drafted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drafting(StubEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.stats.n_drafted, self.stats.n_accepted = 1000, 900
+
+    monkeypatch.setattr(engine, "Engine", Drafting, raising=False)
+    assert konly("run", "-p", "x").stderr.endswith("| drafted 1,000, right 900\n")
+
+
 def test_rates_without_tokens_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli._rate(0, 0.0) == cli._rate(-1, 0.1) == "- t/s"
+    assert text.rate(0, 0.0) == text.rate(-1, 0.1) == "- t/s"
 
 
-def test_sampling_defaults_are_those_of_the_engine() -> None:
-    defaults = {option.name: option.default for option in cli.run.params}
-    fields = {name: defaults[name] for name in ("top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n")}
-    assert Sampling(temperature=defaults["temp"], **fields) == Sampling()
-    assert defaults["seed"] == -1
-    assert (cli.TYPES_K, cli.PARTS) == (TYPES_K, PARTS)
+def test_defaults_are_those_of_the_engine() -> None:
+    konly("run", "-p", "x")
+    assert StubEngine.opened.generate_options["sampling"] == Sampling()
+    assert (options.TYPES_K, options.DEFAULT_TYPE_K, bench.PARTS) == (TYPES_K, DEFAULT_TYPE_K, PARTS)
 
 
 def test_help_names_the_commands() -> None:
     done = konly("-h")
-    assert all(f"  {name} " in done.stdout for name in ("run", "inspect", "bench"))
+    assert all(f"  {name} " in done.stdout for name in cli.main.commands)
 
 
 def test_compiling_is_told_in_two_lines_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,3 +344,47 @@ def test_control_characters_are_spelled_out(text: str, shown: str) -> None:
 )
 def test_sizes_are_for_people(nbytes: int, shown: str) -> None:
     assert console.size(nbytes) == shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_takes_long_is_shown_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.Counter("reading", unit="t", patience=0.0) as counter:
+        counter(0, 100)
+        counter._timer.join()  # type: ignore[union-attr]
+        assert counter._bar is not None
+        counter(50, 100)
+        (task,) = counter._bar.tasks
+        assert (task.completed, task.total) == (50, 100) and task.fields["note"].endswith(" t/s")
+        counter(100, 100)
+        assert counter._bar is None
+    assert "reading" in sys.stderr.getvalue()
+
+
+def test_what_is_soon_done_or_not_on_a_terminal_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with console.Counter("reading", patience=60.0 if stderr.isatty() else 0.0) as counter:
+            counter(0, 2)
+            timer = counter._timer
+            counter(1, 2)
+        assert stderr.getvalue() == ""
+        assert counter._timer is None
+        if timer is not None:
+            timer.join()  # it was cancelled
+
+
+def test_the_prompt_waits_for_the_first_piece(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pieces() -> Iterator[str]:
+        assert capsys.readouterr().out == ""
+        yield "b"
+        assert capsys.readouterr().out == "ab"
+
+    assert text.show(pieces(), "a") is False
+    assert capsys.readouterr().out == "\n"

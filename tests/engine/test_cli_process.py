@@ -60,7 +60,7 @@ def test_the_default_model_tells_a_story(how: str) -> None:
 
 
 def test_the_first_start_compiles_what_the_file_needs_and_the_second_nothing(tmp_path: Path) -> None:
-    arguments = ("run", "-p", "Once upon a time", "-n", "5", "--temp", "0")
+    arguments = ("run", "-p", "Once upon a time", "-n", "5", "--temp", "0", "-ctk", "f16")
     first = konly(*arguments, KONLY_CACHE_DIR=str(tmp_path))
     compiling, compiled, summary = first.stderr.splitlines()
     assert re.fullmatch(r"compiling \d+ kernels for this CPU …", compiling)
@@ -124,7 +124,7 @@ def test_bench_prints_its_figures_as_json() -> None:
     assert set(told) == {"model", "limits", "decode", "prefill"}
     assert told["model"] == "tiny-mla-tales-Q8_0.gguf"
     assert set(told["limits"]) == {"1"}
-    assert [(row["type_k"], row["threads"], row["depth"]) for row in told["decode"]] == [("f16", 1, 0), ("f16", 1, 300)]
+    assert [(row["type_k"], row["threads"], row["depth"]) for row in told["decode"]] == [("q8", 1, 0), ("q8", 1, 300)]
     assert [(row["depth"], row["tokens"]) for row in told["prefill"]] == [(0, 16), (0, 40), (300, 16), (300, 40)]
 
 

@@ -38,7 +38,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_variant_equals_the_oracle(tmp_path: Path, options: dict[str, object]) -> None:
     """F32 weights and f16 rows compute in f32; of rows that round differently 3e-4 were found."""
     path = write_model(tmp_path / "model.gguf", **{"q_lora_rank": 64, **options})
-    assert_relative_rms(Engine(path).step(TOKENS, logits="all"), oracle(path), 2e-3)
+    assert_relative_rms(Engine(path, type_k="f16").step(TOKENS, logits="all"), oracle(path), 2e-3)
 
 
 @pytest.mark.parametrize("form", ["modern", "legacy", "2d"])
@@ -47,7 +47,7 @@ def test_every_weight_type_equals_the_oracle(tmp_path: Path, quant: str, form: s
     """Activations are rounded to int8 or bf16 for quantised weights, as in peers: the same 4e-2 as there."""
     path = write_model(tmp_path / "model.gguf", quant=quant, q_lora_rank=64, form=form)
     tokens = TOKENS[:20]
-    engine = Engine(path)
+    engine = Engine(path, type_k="f16")
     prefill = engine.step(tokens, logits="all")
     engine.clear()
     decode = np.stack([engine.step([t]) for t in tokens])
@@ -130,7 +130,7 @@ def test_a_10_gb_model_opens_at_once(tmp_path: Path) -> None:
     path = write_model(tmp_path / "v2lite.gguf", "v2lite", quant="q4_k_m", sparse=True)
     assert path.stat().st_size > 10e9
     begin = time.perf_counter()
-    engine = Engine(path, n_ctx=163_840)
+    engine = Engine(path, n_ctx=163_840, type_k="f16")
     assert time.perf_counter() - begin < 1.0
     assert (engine.cache.layout.row_stride, engine.cache_bytes) == (1152, 0)
 
@@ -138,7 +138,8 @@ def test_a_10_gb_model_opens_at_once(tmp_path: Path) -> None:
 def test_a_legacy_file_runs_from_a_cache_of_the_same_size(tmp_path: Path) -> None:
     """llama.cpp gives such a file K and V of each head: 3 x (96 + 96) values instead of 160 here."""
     engines = [
-        Engine(write_model(tmp_path / f"{form}.gguf", form=form, q_lora_rank=64)) for form in ("modern", "legacy")
+        Engine(write_model(tmp_path / f"{form}.gguf", form=form, q_lora_rank=64), type_k="f16")
+        for form in ("modern", "legacy")
     ]
     for engine in engines:
         engine.step(TOKENS)
@@ -157,8 +158,8 @@ def test_logits_last_is_the_last_row_of_all(toy: Path) -> None:
 
 def test_long_prompts_go_through_in_ubatches(toy: Path) -> None:
     tokens = np.tile(TOKENS, 3)
-    whole = Engine(toy).step(tokens, logits="all").astype(np.float64)
-    assert_relative_rms(Engine(toy, n_ubatch=50).step(tokens, logits="all"), whole, 1e-3)
+    whole = Engine(toy, type_k="f16").step(tokens, logits="all").astype(np.float64)
+    assert_relative_rms(Engine(toy, n_ubatch=50, type_k="f16").step(tokens, logits="all"), whole, 1e-3)
 
 
 def test_truncate_takes_back(toy: Path) -> None:

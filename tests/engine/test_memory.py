@@ -35,3 +35,11 @@ def test_container_without_limit_is_no_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("700\n")
     assert memory._container(tmp_path) is None
     assert memory._container(tmp_path / "none") is None
+
+
+def test_what_this_process_has_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("VmRSS:\t  70 kB\nRssAnon:\t  30 kB\nRssFile:\t  35 kB\nRssShmem:\t   5 kB\n")
+    assert memory._resident(tmp_path / "status") == (30 << 10, 40 << 10)
+    (tmp_path / "status").write_text("VmRSS:\t  70 kB\n")
+    assert memory._resident(tmp_path / "status") is None
+    assert memory._resident(tmp_path / "none") is None

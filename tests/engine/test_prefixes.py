@@ -10,8 +10,7 @@ from engine import Engine, EngineError
 from engine.stream import Stream
 
 SYSTEM = {
-    "a": "Once upon a time, there was a little girl named Lily who lived in a big house with her cat, her dog and her mom. "
-    * 3,
+    "a": "Once upon a time, there was a little girl named Lily who lived in a big house with her cat and her dog. " * 3,
     "b": "One day, a boy named Tim went to the park with his ball. He saw a bird, a tree and a big red slide. " * 3,
 }
 
@@ -39,6 +38,8 @@ def test_to_ask_again_computes_nothing_and_gives_the_same_text() -> None:
     engine = Engine()
     settings = {"max_tokens": 50, "seed": 3}
     texts = ["".join(engine.generate(SYSTEM[name], **settings)) for name in "aaba"]
+    "".join(engine.generate([*engine.tokenize(SYSTEM["a"]), 5, 6], **settings))  # that goes on from there
+    texts[1] = "".join(engine.generate(SYSTEM["a"], **settings))
     assert texts[0] == texts[1] == texts[3] == "".join(Engine().generate(SYSTEM["a"], **settings))
     assert engine.stats.n_reused == engine.stats.n_prompt
 
@@ -64,7 +65,7 @@ def test_who_alternates_between_two_system_prompts_pays_for_each_once() -> None:
         ask(engine, SYSTEM[name] + question)
         for name, question in zip("abababab", "She He It We You They I Who".split())
     ]
-    assert reused[:2] == [0, 1]  # BOS
+    assert reused[:2] == [0, 0]
     assert all(n >= len(engine.tokenize(SYSTEM[name])) - 1 for name, n in zip("ababab", reused[2:]))
 
 
@@ -79,7 +80,7 @@ def test_rows_of_another_type_k_are_no_prefix() -> None:
     engine = Engine()
     ask(engine, SYSTEM["a"])
     ask(engine, SYSTEM["b"])
-    assert ask(engine.stream(type_k="q8"), SYSTEM["a"]) == 0
+    assert ask(engine.stream(type_k="bf16"), SYSTEM["a"]) == 0
 
 
 @pytest.mark.parametrize("type_k", ["f16", "bf16", "q8"])
@@ -102,13 +103,13 @@ def test_the_budget_is_kept_and_the_least_recently_used_goes_first() -> None:
     for prompt in prompts:
         ask(engine, prompt)
         assert engine.model.prefixes.nbytes <= engine.model.prefixes.budget
-    assert ask(engine, prompts[0]) == 1  # gone, but for BOS
+    assert ask(engine, prompts[0]) == 0  # gone
     assert ask(engine, prompts[2]) > 60
 
 
 def test_without_a_budget_nothing_is_kept() -> None:
     engine = Engine(prefix_bytes=0)
-    assert [ask(engine, SYSTEM[name]) for name in "aba"] == [0, 1, 1]  # BOS
+    assert [ask(engine, SYSTEM[name]) for name in "aba"] == [0, 0, 0]
     with pytest.raises(EngineError, match="prefix_bytes is -1; expected an integer, 0 or more"):
         Engine(prefix_bytes=-1)
 
@@ -135,3 +136,30 @@ def test_a_shifted_stream_keeps_its_positions_in_a_prefix() -> None:
     list(engine.generate([*held, 7], max_tokens=1))
     assert engine.stats.n_reused == len(held) and engine.first_position == 10
     assert np.isfinite(engine.step([5])).all()
+
+
+def test_a_prefix_longer_than_the_budget_leaves_the_others_alone() -> None:
+    engine = Engine()
+    n, per_token = len(engine.tokenize(SYSTEM["a"])) + 3, engine.cache.layout.bytes_per_token + 4
+    engine = Engine(prefix_bytes=n * per_token)
+    ask(engine, SYSTEM["b"] * 4)
+    ask(engine, SYSTEM["a"])
+    assert 0 < engine.model.prefixes.nbytes <= engine.model.prefixes.budget
+
+
+def test_texts_of_a_batch_push_no_prefix_out() -> None:
+    engine = Engine(prefix_bytes=400_000)
+    ask(engine, SYSTEM["a"])
+    ask(engine, SYSTEM["b"])
+    engine.generate_many(
+        [f"{i} little dogs went to the park to play with a ball. " * 4 for i in range(8)], max_tokens=2
+    )
+    assert ask(engine, SYSTEM["a"]) > 60
+
+
+def test_a_closed_engine_gives_its_prefixes_back() -> None:
+    engine = Engine()
+    ask(engine, SYSTEM["a"])
+    ask(engine, SYSTEM["b"])
+    engine.close()
+    assert engine.model.prefixes.nbytes == 0

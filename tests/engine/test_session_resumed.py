@@ -14,7 +14,7 @@ import pytest
 from engine import Engine, EngineError
 from engine.errors import SessionError
 
-TEXT = "Once upon a time there was a small grey cat who lived in a house by the sea. Every morning she"
+TEXT = "Once upon a time there was a small grey cat who lived in a house by the sea. " * 2 + "Every morning she"
 
 
 @pytest.fixture(scope="module")

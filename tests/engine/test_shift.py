@@ -135,7 +135,7 @@ def test_in_deep_layers_too_the_latent_is_not_touched(toy: Path, type_k: str) ->
 
 @pytest.mark.parametrize("n_keep_later", [2, 6, 12])
 def test_another_n_keep_later_turns_what_was_first_stored(one_layer: Path, n_keep_later: int) -> None:
-    engine = Engine(one_layer)
+    engine = Engine(one_layer, type_k="f16")
     feed(engine, TOKENS[:40])
     engine.shift(6, 10)
     engine.shift(n_keep_later, 5)
@@ -147,7 +147,7 @@ def test_another_n_keep_later_turns_what_was_first_stored(one_layer: Path, n_kee
 
 
 def test_after_truncate_the_next_shift_turns_the_new_rows(one_layer: Path) -> None:
-    engine = Engine(one_layer)
+    engine = Engine(one_layer, type_k="f16")
     feed(engine, TOKENS[:40])
     engine.shift(8, 10)
     engine.truncate(4)
@@ -161,7 +161,7 @@ def test_after_truncate_the_next_shift_turns_the_new_rows(one_layer: Path) -> No
 
 
 def test_to_shift_by_nothing_changes_nothing(toy: Path) -> None:
-    engine = Engine(toy)
+    engine = Engine(toy, type_k="f16")
     good = engine.step(TOKENS)
     engine.shift(5, 0)
     assert engine.n_kv == 96 and engine.first_position == 0
@@ -219,3 +219,16 @@ def test_a_text_longer_than_the_context_goes_on(n_keep: int | None) -> None:
 def test_n_keep_must_leave_room() -> None:
     with pytest.raises(EngineError, match="n_keep is 48; expected less than n_ctx = 48"):
         Engine(n_ctx=48).generate("One day", context_shift=True, n_keep=48)
+
+
+def test_cancel_before_a_shift_is_not_lost_and_one_during_it_waits() -> None:
+    engine = Engine(n_ctx=48)
+    pieces = engine.generate("Once upon a time", max_tokens=300, context_shift=True, ignore_eos=True)
+    while engine.n_kv < 48:
+        next(pieces)
+    engine.cancel()
+    list(pieces)
+    assert engine.stats.finish_reason == "cancelled" and 0 < engine.n_kv < 48
+    engine.cancel()
+    engine.shift(2, 3)
+    assert engine.first_position > 3
