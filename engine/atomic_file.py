@@ -28,13 +28,16 @@ _LOCKS = os.name == "posix"
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file, open for writing without a buffer, that becomes `path` at the end of the block; removed on any error.
 
-    It has the mode that a new file would have. A link is followed: the file that it points to is replaced. OSError.
+    It has the mode of the file that it replaces, or that of any new one. A link is followed: the file that it points to is
+    replaced. OSError.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(target)
     _sweep(target)
     descriptor, temporary = _create(target)
     try:
+        with suppress(OSError, AttributeError):  # there is none; Windows
+            os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file
             os.fsync(file.fileno())

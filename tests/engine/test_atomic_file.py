@@ -194,3 +194,13 @@ def test_of_writers_at_the_same_time_one_wins_whole(tmp_path: Path) -> None:
             assert process.returncode == 0
     check_whole(path, "xyz")
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
