@@ -28,7 +28,7 @@ _LOCKS = os.name == "posix"
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file, open for writing without a buffer, that becomes `path` at the end of the block; removed on any error.
 
-    It has the mode of the file that it replaces, or that of any new one. A link is followed: the file that it points to is
+    It has the mode of the file that it replaces, or that of any new one. A link is followed, and what it points to is
     replaced. OSError.
     """
     target = Path(os.path.realpath(path))
