@@ -176,8 +176,8 @@ class Stream:
             self._ends = list(prefix.ends)
         if n == len(ids) and self._end(n) is None:
             n -= 1
-        if n < min(MIN_TOKENS, len(ids)):
-            n = 0  # computed in one go, an unrelated prompt does not round as what was there before has it
+        if n == 1 < len(ids):
+            n = 0  # BOS alone: an unrelated prompt is computed in one go, and rounds as if nothing had been there
         self._truncate(n)
         return n
 

@@ -51,7 +51,7 @@ def test_prefill_and_decode_equal_llama_cpp(
     model_file: Path, kind: str, quant: str, tolerance: float, form: str
 ) -> None:
     peer = write_with_peer_logits(model_file, kind, quant, form)
-    engine = Engine(model_file)
+    engine = Engine(model_file, type_k="f16")
     assert_relative_rms(prefill(engine), peer, tolerance)
     assert_relative_rms(decode(engine), peer, tolerance)
 
@@ -61,7 +61,7 @@ def test_prefill_and_decode_equal_llama_cpp(
 def test_a_deep_quantised_model_agrees_in_distribution(model_file: Path, quant: str, form: str) -> None:
     """At Q4_K_M a KL of 4e-3 to 6e-3 was found, the float64 oracle's being 3e-3 to 4e-3, and top-1 of 99 %."""
     peer = write_with_peer_logits(model_file, "tiny-dense", quant, form, MANY)
-    engine = Engine(model_file)
+    engine = Engine(model_file, type_k="f16")
     for ours in (prefill(engine, MANY), decode(engine, MANY)):
         assert mean_kl(ours, peer) < 1e-2
         assert top1_agreement(ours, peer) > 0.97
@@ -71,7 +71,7 @@ def test_a_long_prompt_in_ubatches_and_what_follows_equal_llama_cpp(model_file: 
     """600 tokens: the second ubatch attends over rows of the first, and decoding over both."""
     write_model(model_file, "tiny-v3")
     tokens = np.random.default_rng(8).integers(2, 258, 604)
-    engine = Engine(model_file, n_ctx=1024)
+    engine = Engine(model_file, n_ctx=1024, type_k="f16")
     assert engine.model.n_ubatch == 512
     with LlamaCpp(model_file, n_ctx=1024) as peer:
         assert_relative_rms(prefill(engine, tokens[:600]), peer.eval(tokens[:600], 0), 2e-3)
@@ -81,7 +81,7 @@ def test_a_long_prompt_in_ubatches_and_what_follows_equal_llama_cpp(model_file: 
 
 def test_the_default_model_agrees_in_distribution() -> None:
     """Its Q8_0 experts and q8_0-like roundings included; on a text of its own kind."""
-    engine = Engine()
+    engine = Engine(type_k="f16")
     tokens = np.array(engine.tokenize("Once upon a time, a fox found a red kite in the garden. " * 6))
     peer = peer_logits(engine.path, tokens)
     for ours in (prefill(engine, tokens), decode(engine, tokens)):
