@@ -18,6 +18,7 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
 )
+PARALLEL = ("-n", "auto", "--dist", "loadfile")  # a process for each core, a file of tests in one of them
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
         return 0
     python = environment.ensure(extras=["test"], reinstall=True)
     failed = [" ".join(check) for check in CHECKS if _module(python, *check) != 0]
-    code = _module(python, "pytest", *sys.argv[1:])
+    code = _module(python, "pytest", *PARALLEL, *sys.argv[1:])
     for check in failed:
         print(f"Error: `{check}` found faults, see above", file=sys.stderr)
     return code or int(bool(failed))

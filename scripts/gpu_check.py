@@ -1,0 +1,448 @@
+"""What a machine with an NVIDIA card and CuPy can tell: python scripts/gpu_check.py [--quick] [--json FILE]
+
+First every kernel against float64 (exit 1 if one is wrong), then times, with shares of the measured copy rate.
+Needs CuPy and NumPy, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gpu_kernels as ops
+from gpu_kernels import device
+from gpu_kernels.attention import choose, geometry
+from gpu_kernels.k_cache import TYPES_K, row_bytes
+from gpu_kernels.matmul import takes_gemm
+from gpu_kernels.quants import FORMATS
+
+SCALE, EPS = 192**-0.5, 1e-6
+NMSE = {"f16": 2e-6, "bf16": 1e-4, "q8": 5e-4}
+L2_BYTES = 256 << 20  # more than any card's: what is timed walks through so many bytes before it meets them again
+failures: list[str] = []
+report: dict[str, Any] = {"correctness": [], "mla_decode": [], "matvec": [], "small": []}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--json", type=Path, help="write every number to this file")
+    options = parser.parse_args()
+    try:
+        limits = device.check()
+    except device.GpuError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    import cupy
+
+    print(
+        f"{limits.name}: {limits.n_sm} SMs, sm_{limits.sm}, {limits.shared_per_block:,} bytes of shared memory a block"
+    )
+    run = ops.Run()
+    with run.stream:  # CuPy's own copies and fills as well
+        check_rows_and_rotation(run)
+        check_decode(run)
+        check_small(run)
+        check_products(run)
+        check_experts(run)
+        check_prefill(run)
+        print(f"{len(report['correctness'])} comparisons, {len(failures)} failed {failures or ''}\n", flush=True)
+
+        rate = copy_rate(run)
+        report.update(device=limits.name, copy_gb_s=rate, cupy=cupy.__version__)
+        print(f"copy: {rate:,.0f} GB/s (bytes read and written)\n", flush=True)
+        time_decode(run, rate, options.quick)
+        time_products(run, rate, options.quick)
+        time_prefill(run)
+        time_small(run)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return bool(failures)
+
+
+# ------------------------------------------------------------------------------------------------------ correctness
+
+
+def compare(name: str, actual: Any, expected: np.ndarray, nmse: float) -> None:
+    a, e = np.asarray(actual.get(), np.float64), np.asarray(expected, np.float64)
+    squares = float((e * e).sum())
+    found = float(((a - e) ** 2).sum()) / squares if squares else float(np.abs(a).max(initial=0.0))
+    ok = a.shape == e.shape and found <= nmse  # NaN is not
+    report["correctness"].append({"name": name, "nmse": found, "allowed": nmse, "ok": bool(ok)})
+    if not ok:
+        failures.append(f"{name}: nmse {found:.3g}, expected at most {nmse:g}")
+        print("FAILED", failures[-1], flush=True)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def hadamard(rank: int) -> np.ndarray:
+    block, h = rank & -rank, np.ones((1, 1))
+    while len(h) < block:
+        h = np.block([[h, h], [h, -h]])
+    return np.kron(np.eye(rank // block), h / np.sqrt(block))
+
+
+def stored(run: Any, type_k: str, rank: int, n_rot: int, n_ctx: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """(rows on the card, the exact float64 rows, the norm's weight) of random tokens without rotation."""
+    kv_a = normal(n_ctx, rank + n_rot, seed=rank)
+    gamma = np.random.default_rng(1).lognormal(0, 0.5, rank).astype(np.float32)
+    cos_sin = np.concatenate([np.ones((n_ctx, n_rot // 2)), np.zeros((n_ctx, n_rot // 2))], 1).astype(np.float32)
+    rows = run.upload(np.full((n_ctx, row_bytes(type_k, rank, n_rot)), 0xFF, np.uint8))
+    args = [run.upload(a) for a in (kv_a, gamma, cos_sin, np.arange(n_ctx, dtype=np.int32))]
+    ops.k_store(run, args[0], args[1], EPS, args[2], args[3], rows, type_k, rank, n_rot)
+    run.sync()
+    x = kv_a.astype(np.float64)
+    latent = x[:, :rank] / np.sqrt((x[:, :rank] ** 2).mean(1, keepdims=True) + EPS) * gamma
+    return rows, np.concatenate([latent, x[:, rank:]], 1), gamma
+
+
+def attention(q: np.ndarray, rows: np.ndarray, n_kv: Sequence[int], rank: int) -> np.ndarray:
+    out = np.zeros((*q.shape[:2], rank))
+    for t, n in enumerate(n_kv):
+        if n:
+            s = q[t].astype(np.float64) @ rows[:n].T * SCALE
+            p = np.exp(s - s.max(1, keepdims=True))
+            out[t] = p / p.sum(1, keepdims=True) @ rows[:n, :rank]
+    return out
+
+
+def check_decode(run: Any) -> None:
+    for rank, n_rot in ((512, 64), (256, 64), (256, 32), (128, 32)):
+        for type_k in TYPES_K:
+            if type_k == "bf16" and not run.limits.has_bf16:
+                continue
+            rows, exact, gamma = stored(run, type_k, rank, n_rot, 4200)
+            for n_head, n_kv in ((16, [0]), (16, [1]), (16, [4133]), (5, [777, 0, 33]), (40, [900]), (128, [4133, 64])):
+                try:
+                    choose(run.limits, type_k, rank, n_rot, n_head * len(n_kv))
+                except ValueError:
+                    continue
+                q = normal(len(n_kv), n_head, rank + n_rot, seed=2)
+                q /= np.float32((q[0] @ exact[:500].T * SCALE).std())
+                on_card = rows.copy()
+                on_card[max(n_kv) :] = 0xFF  # NaN
+                out = decode(
+                    run, run.upload(q), on_card, type_k, run.upload(np.array(n_kv, np.int32)), rank, n_rot, gamma
+                )
+                expected = attention(q, exact, n_kv, rank)
+                compare(f"mla_decode {type_k} {rank}+{n_rot} {n_head} heads {n_kv}", out, expected, NMSE[type_k])
+
+
+def decode(run: Any, q: Any, rows: Any, type_k: str, n_kv: Any, rank: int, n_rot: int, gamma: np.ndarray) -> Any:
+    out = run.upload(np.full((*q.shape[:2], rank), np.nan, np.float32))
+    weight = run.upload(gamma)
+    if type_k == "q8":
+        ops.rotate_query(run, q, weight, rank)
+    ops.mla_decode(run, q, rows, type_k, n_kv, rank, n_rot, SCALE, out)
+    if type_k == "q8":
+        ops.unrotate_output(run, out, weight)
+    run.sync()
+    return out
+
+
+def check_rows_and_rotation(run: Any) -> None:
+    for rank, n_rot in ((512, 64), (384, 64), (128, 32)):
+        h = hadamard(rank)
+        for type_k in TYPES_K:
+            rows, exact, gamma = stored(run, type_k, rank, n_rot, 50)
+            host = rows.get()
+            used = np.ascontiguousarray(host[:, : 2 * (rank + n_rot)])
+            if type_k == "f16":
+                found = used.view(np.float16).astype(np.float64)
+            elif type_k == "bf16":
+                found = (used.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            else:
+                at = rank + 2 * n_rot
+                scale = np.ascontiguousarray(host[:, at : at + 4]).view(np.float32)
+                rope = np.ascontiguousarray(host[:, rank:at]).view(np.uint16).astype(np.uint32) << 16
+                latent = (host[:, :rank].astype(np.float64) - 128) * scale @ h * gamma
+                found = np.concatenate([latent, rope.view(np.float32)], 1)
+            compare(f"k_store {type_k} {rank}+{n_rot}", SimpleNamespace(get=lambda f=found: f), exact, NMSE[type_k])
+        q, x = normal(2, 3, rank + n_rot), normal(2, 3, rank, seed=1)
+        on_card = [run.upload(a) for a in (q, x, gamma)]
+        ops.rotate_query(run, on_card[0], on_card[2], rank)
+        ops.unrotate_output(run, on_card[1], on_card[2])
+        run.sync()
+        compare(
+            f"rotate_query {rank}", on_card[0], np.concatenate([q[..., :rank] * gamma @ h, q[..., rank:]], -1), 1e-12
+        )
+        compare(f"unrotate_output {rank}", on_card[1], x @ h * gamma, 1e-12)
+
+
+def check_small(run: Any) -> None:
+    x, w, y = normal(5, 2048), normal(2048, seed=1), normal(5, 2048, seed=2)
+    d_x, d_w, d_y, out = (run.upload(a) for a in (x, w, y, np.empty_like(x)))
+    ops.rms_norm(run, d_x, d_w, EPS, out)
+    run.sync()
+    wide = x.astype(np.float64)
+    compare("rms_norm", out, wide / np.sqrt((wide**2).mean(1, keepdims=True) + EPS) * w, 1e-12)
+    ops.swiglu(run, d_x, d_y, out)
+    run.sync()
+    compare("swiglu", out, wide / (1 + np.exp(-wide)) * y, 1e-12)
+    angle = np.array([0, 1, 4095, 7, 9])[:, None] * 10000.0 ** -(np.arange(0, 64, 2) / 64)
+    cos_sin = run.upload(np.concatenate([np.cos(angle), np.sin(angle)], 1).astype(np.float32))
+    heads = x.reshape(5, 32, 64)
+    for neox in (False, True):
+        turned = run.upload(heads)
+        ops.rope(run, turned, cos_sin, turned, neox)
+        run.sync()
+        pairs = heads.reshape(5, 32, 2, 32).swapaxes(2, 3) if neox else heads.reshape(5, 32, 32, 2)
+        z = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, None]
+        parts = [z.real, z.imag]
+        expected = np.concatenate(parts, -1) if neox else np.stack(parts, -1).reshape(5, 32, 64)
+        compare(f"rope neox={neox}", turned, expected, 1e-11)
+    logits = normal(6, 160)
+    ids, weights = run.upload(np.zeros((6, 6), np.int32)), run.upload(np.zeros((6, 6), np.float32))
+    ops.route(run, run.upload(logits), None, "softmax", 1, 1, False, 1.0, ids, weights)
+    run.sync()
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :6]
+    probs = np.exp(logits.astype(np.float64))
+    probs /= probs.sum(1, keepdims=True)
+    compare("route ids", ids, best, 0.0)
+    compare("route weights", weights, np.take_along_axis(probs, best, 1), 1e-11)
+
+
+def random_weight(run: Any, type_id: int, *shape: int) -> Any:
+    """A weight of random bytes; its f16 scales (or values) are sane numbers."""
+    f = FORMATS[type_id]
+    n = int(np.prod(shape)) // f.block
+    rng = np.random.default_rng(type_id)
+    blocks = rng.integers(0, 256, (n, f.nbytes), dtype=np.uint8)
+    if f.is_float:
+        x = rng.standard_normal((n, f.block), dtype=np.float32)
+        narrow = {"F32": x, "F16": x.astype(np.float16), "BF16": (x.view(np.uint32) >> 16).astype(np.uint16)}
+        blocks = narrow[f.name].view(np.uint8)
+    for at in {"Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}.get(f.name, ()):
+        blocks[:, at : at + 2] = (rng.random((n, 1)) * 0.01).astype(np.float16).view(np.uint8)
+    kind = SimpleNamespace(id=type_id)
+    data = blocks.reshape(*shape[:-1], -1)
+    return ops.upload(run, SimpleNamespace(type=kind, shape=shape, data=data))
+
+
+def check_products(run: Any) -> None:
+    """Against the weights as embed_rows decodes them, which the tests compare with gguf bit by bit."""
+    for f in FORMATS.values():
+        w, k = random_weight(run, f.type_id, 500, 1536), 1536
+        values = run.upload(np.empty((500, k), np.float32))
+        ops.embed_rows(run, w, run.upload(np.arange(500, dtype=np.int32)), values)
+        alone = []
+        for n_tok in (1, 6, 70):
+            x = normal(n_tok, k)
+            out = run.upload(np.full((n_tok, 500), np.nan, np.float32))
+            ops.matmul(run, w, run.upload(x), out)
+            run.sync()
+            expected = x.astype(np.float64) @ values.get().astype(np.float64).T
+            allowed = 2.5e-5 if takes_gemm(run.limits, f.type_id, n_tok) else 1e-11 if f.is_float else 1.5e-4
+            compare(f"matmul {f.name} {n_tok} tokens", out, expected, allowed)
+            alone.append(out)
+        out = run.upload(np.empty((1, 500), np.float32))
+        ops.matmul(run, w, run.upload(normal(6, k)[:1]), out)
+        run.sync()
+        compare(f"matmul {f.name}: a token has the bits it has alone", out, alone[1][:1].get(), 0.0)
+
+
+def check_experts(run: Any) -> None:
+    n_expert, n_embd, n_ff = 5, 512, 256
+    for name, type_id in (("F32", 0), ("Q4_K", 12)):
+        mats = [random_weight(run, type_id, n_expert, *s) for s in ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))]
+        values = []
+        for w in mats:
+            _, m, k = w.shape
+            flat = ops.quants.Weight(w.type, (n_expert * m, k), w.data, w.planes)
+            decoded = run.upload(np.empty((n_expert * m, k), np.float32))
+            ops.embed_rows(run, flat, run.upload(np.arange(n_expert * m, dtype=np.int32)), decoded)
+            run.sync()
+            values.append(decoded.get().astype(np.float64).reshape(w.shape))
+        x, ids = normal(2, n_embd) * 0.01, np.array([[3, 0], [3, 4]], np.int32)
+        weights, out = np.abs(normal(2, 2)), run.upload(np.zeros((2, n_embd), np.float32))
+        ops.experts(run, run.upload(x), run.upload(ids), run.upload(weights), *mats, out)
+        run.sync()
+        expected = np.zeros((2, n_embd))
+        for t in range(2):
+            for e, p in zip(ids[t], weights[t]):
+                gate, up = values[0][e] @ x[t], values[1][e] @ x[t]
+                expected[t] += p * (values[2][e] @ (gate / (1 + np.exp(-gate)) * up))
+        compare(f"experts {name}", out, expected, 1e-10 if type_id == 0 else 1e-3)
+
+
+def check_prefill(run: Any) -> None:
+    rank, n_rot, n_head, nope, n_v, n_past, n_tok = 512, 64, 16, 128, 128, 40, 300
+    w_uk, w_uv = random_weight(run, 1, n_head, rank, nope), random_weight(run, 1, n_head, n_v, rank)
+    values = []
+    for w in (w_uk, w_uv):
+        _, m, k = w.shape
+        decoded = run.upload(np.empty((n_head * m, k), np.float32))
+        flat = ops.quants.Weight(w.type, (n_head * m, k), w.data, w.planes)
+        ops.embed_rows(run, flat, run.upload(np.arange(n_head * m, dtype=np.int32)), decoded)
+        run.sync()
+        values.append(decoded.get().astype(np.float64).reshape(w.shape))
+    for type_k in TYPES_K if run.limits.has_bf16 else ("f16", "q8"):
+        rows, exact, gamma = stored(run, type_k, rank, n_rot, n_past + n_tok)
+        q = normal(n_tok, n_head, nope + n_rot, seed=3)
+        q[:, :, :nope] *= rank**-0.5
+        out = run.upload(np.full((n_tok, n_head, n_v), np.nan, np.float32))
+        ops.mla_prefill(
+            run, run.upload(q), rows, type_k, n_past, rank, n_rot, SCALE, w_uk, w_uv, run.upload(gamma), out
+        )
+        run.sync()
+        absorbed = np.einsum("thd,hcd->thc", q[:, :, :nope].astype(np.float64), values[0])
+        absorbed = np.concatenate([absorbed, q[:, :, nope:]], -1)
+        latent = attention(absorbed, exact, list(range(n_past + 1, n_past + n_tok + 1)), rank)
+        compare(f"mla_prefill {type_k}", out, np.einsum("thc,hvc->thv", latent, values[1]), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ times
+
+
+def seconds(run: Any, calls: Sequence[Callable[[], None]], repeats: int = 7) -> float:
+    """Of one call, from a captured graph of all of them: the median of `repeats` launches."""
+    import cupy
+
+    for call in calls:
+        call()
+    run.sync()
+    run.stream.begin_capture()
+    for call in calls:
+        call()
+    graph = run.stream.end_capture()
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    times = []
+    for _ in range(repeats + 2):
+        start.record(run.stream)
+        graph.launch(run.stream)
+        end.record(run.stream)
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / len(calls))
+    return float(np.median(times[2:]))
+
+
+def copy_rate(run: Any) -> float:
+    import cupy
+
+    a, b = cupy.zeros(1 << 30, np.uint8), cupy.zeros(1 << 30, np.uint8)
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    times = []
+    for _ in range(20):  # the first few find the memory's clock still low
+        start.record(run.stream)
+        cupy.cuda.runtime.memcpyAsync(b.data.ptr, a.data.ptr, a.nbytes, 3, run.stream.ptr)
+        end.record(run.stream)
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
+    return 2 * a.nbytes / float(np.median(times[10:])) / 1e9
+
+
+def time_decode(run: Any, rate: float, quick: bool) -> None:
+    import cupy
+
+    rank, n_rot = 512, 64
+    print("mla_decode, one token, 512 + 64, with its combine, from a graph")
+    print("| type_k | heads | n_kv | lanes a block, tokens a tile | splits | µs | GB/s of K | of copy | TFLOP/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for type_k in TYPES_K:
+        some, _, _ = stored(run, type_k, rank, n_rot, 8192)
+        for n_ctx in (4096, 32_768, 163_840):
+            n_sets = max(1, -(-L2_BYTES // (n_ctx * some.shape[1])))
+            sets = [cupy.concatenate([some] * -(-n_ctx // 8192))[:n_ctx] for _ in range(n_sets)]
+            for n_head in (16, 128) if quick else (16, 32, 64, 128):
+                q = run.upload(3 * normal(1, n_head, rank + n_rot))
+                n_kv, out = run.upload(np.array([n_ctx], np.int32)), run.upload(np.zeros((1, n_head, rank), np.float32))
+                cupy.cuda.Device().synchronize()
+                calls = [
+                    lambda rows=rows, q=q, n_kv=n_kv, out=out, type_k=type_k: ops.mla_decode(
+                        run, q, rows, type_k, n_kv, rank, n_rot, SCALE, out
+                    )
+                    for rows in sets
+                ] * max(1, 8 // n_sets)
+                t = seconds(run, calls)
+                variant = choose(run.limits, type_k, rank, n_rot, n_head)
+                splits, _ = geometry(run.limits, variant, n_head, n_ctx)
+                gb_s, tflops = n_ctx * some.shape[1] / t / 1e9, 2 * n_head * n_ctx * (2 * rank + n_rot) / t / 1e12
+                report["mla_decode"].append(
+                    {
+                        "type_k": type_k,
+                        "n_head": n_head,
+                        "n_kv": n_ctx,
+                        "us": t * 1e6,
+                        "gb_s": gb_s,
+                        "share": gb_s / rate,
+                    }
+                )
+                print(
+                    f"| {type_k} | {n_head} | {n_ctx:,} | {16 * variant.m_tiles}, {variant.tokens} | {splits} "
+                    f"| {t * 1e6:.1f} | {gb_s:,.0f} | {gb_s / rate:.0%} | {tflops:.0f} |", flush=True,
+                )  # fmt: skip
+            del sets
+    print()
+
+
+def time_products(run: Any, rate: float, quick: bool) -> None:
+    m, k = 8192, 4096
+    print(f"matmul, ({m}, {k}), with the activations' quantisation, from a graph")
+    print("| type | tokens | µs | GB/s of weights | of copy | TFLOP/s |\n|---|---|---|---|---|---|")
+    for f in FORMATS.values():
+        nbytes = m * k // f.block * f.nbytes
+        n_sets = max(1, min(16, -(-L2_BYTES // nbytes)))
+        first = random_weight(run, f.type_id, m, k)
+        weights = [first] + [
+            ops.quants.Weight(first.type, first.shape, first.data.copy(), first.planes) for _ in range(n_sets - 1)
+        ]
+        for n_tok in (1,) if quick else (1, 4, 16, 512):
+            x, out = run.upload(normal(n_tok, k)), run.upload(np.zeros((n_tok, m), np.float32))
+            t = seconds(run, [lambda w=w, x=x, out=out: ops.matmul(run, w, x, out) for w in weights])
+            gb_s = nbytes / t / 1e9
+            tflops = 2 * m * k * n_tok / t / 1e12
+            report["matvec"].append({"type": f.name, "n_tok": n_tok, "us": t * 1e6, "gb_s": gb_s, "share": gb_s / rate})
+            row = f"| {f.name} | {n_tok} | {t * 1e6:.1f} | {gb_s:,.0f} | {gb_s / rate:.0%} | {tflops:.1f} |"
+            print(row, flush=True)
+    print()
+
+
+def time_prefill(run: Any) -> None:
+    rank, n_rot, n_head, nope, n_v, n_past, n_tok = 512, 64, 16, 128, 128, 7680, 512
+    w_uk, w_uv = random_weight(run, 8, n_head, rank, nope), random_weight(run, 8, n_head, n_v, rank)
+    q, out = run.upload(normal(n_tok, n_head, nope + n_rot)), run.upload(np.zeros((n_tok, n_head, n_v), np.float32))
+    print(
+        f"mla_prefill, {n_tok} tokens after {n_past:,}, {n_head} heads, Q8_0 up-projections\n| type_k | µs |\n|---|---|"
+    )
+    for type_k in TYPES_K if run.limits.has_bf16 else ("f16", "q8"):
+        rows, _, gamma = stored(run, type_k, rank, n_rot, n_past + n_tok)
+        weight = run.upload(gamma)
+
+        def call(rows: Any = rows, type_k: str = type_k, weight: Any = weight) -> None:
+            ops.mla_prefill(run, q, rows, type_k, n_past, rank, n_rot, SCALE, w_uk, w_uv, weight, out)
+
+        t = seconds(run, [call] * 2)
+        report["small"].append({"name": f"mla_prefill {type_k}", "us": t * 1e6})
+        print(f"| {type_k} | {t * 1e6:,.0f} |", flush=True)
+    print()
+
+
+def time_small(run: Any) -> None:
+    x, w, out = run.upload(normal(1, 4096)), run.upload(normal(4096)), run.upload(normal(1, 4096))
+    q, gamma = run.upload(normal(1, 128, 576)), run.upload(normal(512))
+    cases = {
+        "rms_norm 4096": lambda: ops.rms_norm(run, x, w, EPS, out),
+        "swiglu 4096": lambda: ops.swiglu(run, x, x, out),
+        "rotate_query 128 heads": lambda: ops.rotate_query(run, q, gamma, 512),
+    }
+    print("| one token | µs |\n|---|---|")
+    for name, call in cases.items():
+        t = seconds(run, [call] * 50)
+        report["small"].append({"name": name, "us": t * 1e6})
+        print(f"| {name} | {t * 1e6:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
