@@ -289,7 +289,7 @@ def test_every_byte_can_be_written_with_any_tokenizer(tmp_path: Path) -> None:
         ('{"items":' * 300 + "{}" + "}" * 300, "the JSON schema is no good: recursion limit exceeded"),
         ('{"items":' * 9000 + "{}" + "}" * 9000, "the JSON schema (is not JSON|is no good): .*recursion"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: str(value)[:40].split(" object at ")[0],  # no address: two processes must agree on names
 )
 def test_a_schema_that_is_no_good_is_refused_with_the_reason(model: Engine, schema: Any, message: str) -> None:
     with pytest.raises(GrammarError, match=f"^{message}") as raised:

@@ -1,0 +1,156 @@
+"""From a .cu file to code: one string of source, compiled when a kernel is first used.
+
+    file.cu + its headers, put in their places + #defines   ──►   source()   ──►   CuPy's RawModule    (to run)
+                                                                             └─►   compile_only()      (to check)
+
+Headers are put into the text because CuPy's disk cache goes by the text and the options alone: with #include, a changed
+header would leave old code in use. All sizes are defines, so a kernel has plain C names and is compiled for one layout.
+
+compile_only needs NVIDIA's compiler library (the wheel nvidia-cuda-nvrtc) but neither CuPy, nor a driver, nor headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CUDA = Path(__file__).parent / "cuda"
+OPTIONS = ("--std=c++17",)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a .cu file under some defines. Cheap: nothing is read or compiled until it is launched."""
+
+    file: str
+    name: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def unit(self) -> tuple[str, tuple[tuple[str, int], ...]]:
+        """What is compiled at once: the file and its defines."""
+        return self.file, self.defines
+
+    def function(self) -> Any:
+        """CuPy's kernel, compiled by now."""
+        return _function(self)
+
+
+def kernel(file: str, name: str, defines: Mapping[str, int] | None = None) -> Kernel:
+    return Kernel(file, name, tuple(sorted((defines or {}).items())))
+
+
+@functools.cache
+def _function(k: Kernel) -> Any:
+    return _module(k.file, k.defines).get_function(k.name)
+
+
+@functools.cache
+def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(file, defines), options=OPTIONS)
+
+
+def source(file: str, defines: Iterable[tuple[str, int]] = ()) -> str:
+    """The whole text that is compiled: defines, then the file with its headers in it."""
+    lines = [f"#define {name} {int(value)}" for name, value in defines]
+    return "\n".join([*lines, with_headers(file)])
+
+
+@functools.cache
+def with_headers(file: str) -> str:
+    """The text of a file under cuda/; each `#include "x.cuh"` is replaced by that file, the first time it is met."""
+    seen: set[str] = set()
+
+    def text(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        return re.sub(r'^#include "([\w.]+)"$', lambda m: text(m[1]), (CUDA / name).read_text("utf-8"), flags=re.M)
+
+    return text(file)
+
+
+def kernel_names(file: str) -> list[str]:
+    """The kernels that a .cu file has."""
+    return re.findall(r"^KERNEL\([^()]*?(\w+)\)\(", with_headers(file), flags=re.M)
+
+
+# --------------------------------------------------------------------------------------------------------- to check
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes: registers a thread, bytes of stack and of spills, static shared memory."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def compile_only(file: str, defines: Iterable[tuple[str, int]], arch: int) -> dict[str, Usage]:
+    """Each kernel's usage for an architecture such as 90, by ptxas's report. ValueError with the log if it fails."""
+    lib = nvrtc()
+    program = ctypes.c_void_p()
+    text = source(file, defines).encode()
+
+    def log() -> str:
+        n = ctypes.c_size_t()
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(n))
+        buffer = ctypes.create_string_buffer(n.value)
+        lib.nvrtcGetProgramLog(program, buffer)
+        return buffer.value.decode()
+
+    if lib.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None):
+        raise ValueError(f"{file}: nvrtcCreateProgram failed")
+    try:
+        options = [o.encode() for o in (f"-arch=sm_{arch}", "--ptxas-options=-v", "-ftz=true", *OPTIONS, *_no_cache())]
+        if lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+            raise ValueError(f"{file} for sm_{arch} with {dict(defines)}:\n{log()}")
+        return _usages(log())
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _no_cache() -> tuple[str, ...]:
+    """From 13 on, beside a driver, the library remembers what it compiled, and has no report on it."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return ("--no-cache",) if major.value >= 13 else ()
+
+
+def _usages(log: str) -> dict[str, Usage]:
+    found: dict[str, Usage] = {}
+    name, stack, spills = "", 0, 0
+    for line in log.splitlines():
+        if m := re.search(r"Compiling entry function '(\S+)'", line):
+            name, stack, spills = m[1], 0, 0
+        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, spills = int(m[1]), int(m[2]) + int(m[3])
+        elif m := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[name] = Usage(int(m[1]), stack, spills, int(shared[1]) if shared else 0)
+    return found
+
+
+@functools.cache
+def nvrtc() -> Any:
+    """NVIDIA's runtime compiler, from its wheel or the system; OSError if there is none."""
+    folders = [Path(p) / "nvidia" for p in sys.path]
+    found = [lib for f in folders for lib in sorted(f.glob("*/lib/libnvrtc.so.1[0-9]"), reverse=True)]
+    for path in [*found, Path("libnvrtc.so.13"), Path("libnvrtc.so.12")]:
+        try:
+            for builtins in path.parent.glob("libnvrtc-builtins.so*"):
+                ctypes.CDLL(str(builtins))  # the library finds it by its name, once it is loaded
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise OSError("no libnvrtc; pip install nvidia-cuda-nvrtc")

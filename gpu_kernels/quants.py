@@ -1,0 +1,92 @@
+"""Quantised weights on the device: the blocks of the file, taken apart into planes.
+
+A Q6_K block has 210 bytes and a Q8_0 block 34: a thread that loads 16 bytes at once would meet them unaligned. So each
+field of all blocks becomes an array of its own, once, at upload; cuda/blocks.cuh draws them. Q4_K blocks (144 bytes,
+the header 16) stay as they are. The bits of a value do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 256  # of a plane
+
+
+@dataclass(frozen=True)
+class Format:
+    """A ggml type: values and bytes of a block, and (offset, bytes) of each plane in it. Floats: blocks of 32."""
+
+    name: str
+    type_id: int
+    block: int
+    nbytes: int
+    planes: tuple[tuple[int, int], ...]
+    step: int  # values that a thread decodes at once
+
+    @property
+    def is_float(self) -> bool:
+        return self.type_id in (0, 1, 30)
+
+
+FORMATS: dict[int, Format] = {
+    f.type_id: f
+    for f in (
+        Format("F32", 0, 32, 128, ((0, 128),), 8),
+        Format("F16", 1, 32, 64, ((0, 64),), 8),
+        Format("BF16", 30, 32, 64, ((0, 64),), 8),
+        Format("Q5_0", 6, 32, 22, ((6, 16), (2, 4), (0, 2)), 32),
+        Format("Q8_0", 8, 32, 34, ((2, 32), (0, 2)), 32),
+        Format("Q4_K", 12, 256, 144, ((0, 144),), 64),
+        Format("Q6_K", 14, 256, 210, ((0, 128), (128, 64), (192, 16), (208, 2)), 64),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight on the device.
+
+    type    has an id, ggml's
+    shape   (…, rows, k)
+    data    flat u8: the planes, one after another
+    planes  where the second, third and fourth plane begin; 0 where there is none
+    """
+
+    type: Any
+    shape: tuple[int, ...]
+    data: Any
+    planes: tuple[int, int, int]
+
+
+def format_of(type_id: int) -> Format:
+    """ValueError for a type without a GPU kernel."""
+    if type_id not in FORMATS:
+        names = ", ".join(f.name for f in FORMATS.values())
+        raise ValueError(f"ggml type {type_id} has no GPU kernel; supported: {names}; use the CPU, or requantise")
+    return FORMATS[type_id]
+
+
+def pack(type_id: int, data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """(planes, where they begin) of blocks data (…, row bytes) u8 as the file has them."""
+    f = format_of(type_id)
+    blocks = np.ascontiguousarray(data).reshape(-1, f.nbytes)
+    sizes = [-(-len(blocks) * n // ALIGNMENT) * ALIGNMENT for _, n in f.planes]
+    starts = np.cumsum([0, *sizes])
+    packed = np.zeros(int(starts[-1]), np.uint8)
+    for (offset, n), start in zip(f.planes, starts, strict=False):
+        packed[start : start + len(blocks) * n] = blocks[:, offset : offset + n].reshape(-1)
+    second, third, fourth = (*(int(s) for s in starts[1 : len(f.planes)]), 0, 0, 0)[:3]
+    return packed, (second, third, fourth)
+
+
+def upload(run: Any, weight: Any) -> Weight:
+    """A weight of the file (type.id, shape, data (…, row bytes) u8) as the GPU's kernels take it."""
+    f = format_of(weight.type.id)
+    k = weight.shape[-1]
+    if k % f.block or weight.data.shape != (*weight.shape[:-1], k // f.block * f.nbytes):
+        raise ValueError(f"weight is {weight.data.shape} bytes for {weight.shape} values of {f.name}")
+    packed, planes = pack(f.type_id, weight.data)
+    return Weight(weight.type, tuple(weight.shape), run.upload(packed), planes)

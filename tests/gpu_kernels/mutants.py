@@ -1,0 +1,112 @@
+"""Do the tests notice a broken kernel? python mutants.py [-j N] [WORD]      minutes; exit 1 if one goes unseen
+
+Each mutant is the kernels' source with one change; the tests of that kernel must fail. WORD: only mutants with it in
+their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "gpu_kernels" / "cuda"
+PATH = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+TESTS = {
+    "mla_decode.cu": "test_attention.py", "hadamard.cuh": "test_k_cache.py", "k_cache.cu": "test_k_cache.py",
+    "reduce.cuh": "test_k_cache.py", "matvec.cu": "test_matmul.py", "blocks.cuh": "test_matmul.py",
+    "quantise.cu": "test_matmul.py", "route.cu": "test_small.py", "experts.cu": "test_moe.py",
+}  # fmt: skip
+# file, what is there, what the mutant has
+CHANGES = [
+    ("mla_decode.cu", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("mla_decode.cu", "load(t + STAGES - 1);", "load(t + STAGES);"),
+    (
+        "mla_decode.cu",
+        "chunk_at(lane & 15, w * OUT + j * 2 + (lane >> 4))",
+        "(lane & 15) * PITCH + w * OUT + j * 2 + (lane >> 4)",
+    ),
+    ("mla_decode.cu", "o[i][j][0] *= f0;", ""),
+    ("mla_decode.cu", "o[i][j][2] *= f1;", "o[i][j][2] *= f0;"),
+    ("mla_decode.cu", "x[i] = tok < lim", "x[i] = tok <= lim"),
+    ("mla_decode.cu", "const bool ok = tok < last;", "const bool ok = true;"),
+    ("mla_decode.cu", "ldsm_x4_t(b, ", "ldsm_x4(b, "),
+    ("mla_decode.cu", "mma16816<T>(o[i][j], p[i], b[0], b[1])", "mma16816<T>(o[i][j], p[i], b[1], b[0])"),
+    ("mla_decode.cu", "l_run = l_run * fade + sum;", "l_run = l_run + sum;"),
+    ("mla_decode.cu", "c + lc < CHUNKS;", "true;"),
+    ("mla_decode.cu", "const float x = e.y * ex2(e.x - m);", "const float x = ex2(e.x - m);"),
+    ("mla_decode.cu", "s < n; s += 8", "s < n - 1; s += 8"),
+    ("mla_decode.cu", "const float scale = *(const float*)(raw + C + 2 * R);", "const float scale = 0.01f;"),
+    ("hadamard.cuh", "x[i + h] = u - v;", "x[i + h] = v - u;"),
+    ("hadamard.cuh", "constexpr int BLOCK = N & -N;", "constexpr int BLOCK = N & -N & 127 ? N & -N & 127 : 128;"),
+    ("k_cache.cu", "+ 128) << 8 * j", "+ 127) << 8 * j"),
+    ("k_cache.cu", "fminf(fmaxf(v, -65504.f), 65504.f)", "v * 1.002f"),
+    ("k_cache.cu", "rope[p.b] = v.y;", "rope[p.b] = -v.y;"),
+    ("reduce.cuh", "i < N / 32", "i < N / 32 - 1"),
+    ("blocks.cuh", "a >> 6 << 4", "a >> 5 << 4"),
+    ("blocks.cuh", "16 + 32 * step", "16 + 32 * (step ^ 1)"),
+    ("blocks.cuh", "bytes_minus(low | high << 4, 16)", "bytes_minus(low | high << 4, 15)"),
+    ("matvec.cu", "acc[t] -= c.m[g] * scale.y;", ""),
+    ("matvec.cu", "mine == 0 && ok", "mine == 0"),
+    ("quantise.cu", "make_float2(scale, scale * sum)", "make_float2(scale, sum)"),
+    ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
+    ("route.cu", "first + second : first", "first : first"),
+    ("experts.cu", "weights[t * n_used + s]", "weights[s]"),
+]
+
+
+def mutants() -> dict[str, tuple[str, str]]:
+    """name -> (file, its text)"""
+    found = {}
+    for file, old, new in CHANGES:
+        text = (CUDA / file).read_text(encoding="utf-8")
+        assert old in text, f"{file} has no {old!r}"
+        found[f"{file}: {old} -> {new}"] = file, text.replace(old, new, 1)
+    for file in ("mla_decode.cu", "hadamard.cuh"):  # those of reduce.cuh are for whoever uses its memory again
+        text = (CUDA / file).read_text(encoding="utf-8")
+        for m in re.finditer(r"__syncthreads\(\);", text):
+            line = text[: m.start()].count("\n") + 1
+            found[f"{file}: no barrier in line {line}"] = file, text[: m.start()] + text[m.end() :]
+    return found
+
+
+def unseen(name: str, file: str, text: str) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        cuda = Path(folder) / "cuda"
+        shutil.copytree(CUDA, cuda)
+        (cuda / file).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider"]
+        command += ["-c", os.devnull, f"--rootdir={ROOT}"]
+        done = subprocess.run(
+            [*command, str(HERE / TESTS[file])], capture_output=True, text=True, check=False,
+            env={**os.environ, "KONLY_CUDA": str(cuda), "PYTHONPATH": os.pathsep.join(PATH)}, cwd=ROOT,
+        )  # fmt: skip
+    why = [line for line in done.stdout.splitlines() if line.startswith("E  ")][:1]
+    seen = done.returncode and why  # a mutant may crash after the first failure
+    print("caught  " if seen else "NOT SEEN", name, "::", (why or [done.stdout[-200:]])[0][:110], flush=True)
+    return None if seen else name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-j", type=int, default=1, help="so many at once")
+    parser.add_argument("word", nargs="?", default="")
+    options = parser.parse_args()
+    chosen = {name: mutant for name, mutant in mutants().items() if options.word in name}
+    with ThreadPoolExecutor(options.j) as pool:
+        results = list(pool.map(lambda name: unseen(name, *chosen[name]), chosen))
+    missed = [name for name in results if name]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} caught")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
