@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chat_streams import FakeStream, chat_tokenizer
 
-from engine import Engine
+from engine import Engine, Sampling
 from engine.chat import BUILTIN, ChatTemplate
 from engine.chat.conversation import Conversation, Piece, ThinkSplitter
 from engine.errors import ContextFullError, SessionError
@@ -71,7 +71,8 @@ def test_the_real_engine_computes_only_what_is_new() -> None:
 
 def test_the_real_engine_goes_on_when_the_context_is_full() -> None:
     engine = Engine(n_ctx=160)
-    conversation = Conversation(engine, ChatTemplate(BUILTIN["plain"], engine.tokenizer), max_tokens=30)
+    sampling = Sampling(seed=1, ignore_eos=True)
+    conversation = Conversation(engine, ChatTemplate(BUILTIN["plain"], engine.tokenizer), sampling, max_tokens=30)
     for i in range(8):
         said(conversation.answer(f"And then {i} cats came"))
         assert engine.n_kv <= 160
