@@ -113,8 +113,7 @@ class Batch:
             except self.model.ops.Cancelled:
                 raise Cancelled("generate_many was cancelled") from None
             for stream, text in zip(streams, texts):
-                stream._tokens[stream.n_kv :] = text.history[-1:]
-                stream.cache.append(1)
+                stream._append(text.history[-1:])
         assert logits is not None
         return logits[:, : texts[0].n_vocab].copy()
 

@@ -39,6 +39,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.1f} GiB"
 
 
+def rate(n: int, seconds: float) -> str:
+    """Tokens per second for people: 12.3 t/s"""
+    return f"{n / seconds:,.1f} t/s" if n > 0 and seconds > 0 else "- t/s"
+
+
 def print_tables(description: dict[str, str], *tables: list[tuple[str, ...]]) -> None:
     """A list of names and values, then tables, whose first row is the head; columns after the first are numbers."""
     from rich.console import Console

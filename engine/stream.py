@@ -230,9 +230,13 @@ class Stream:
             self._run.replay(tape)
         except self.model.ops.Cancelled:
             raise Cancelled("the step was cancelled") from None
-        self._tokens[self.n_kv :] = ids.tolist()
-        self.cache.append(n_tok)
+        self._append(ids.tolist())
         return logits
+
+    def _append(self, ids: list[int]) -> None:
+        """The rows of these tokens have been written."""
+        self._tokens[self.n_kv :] = ids
+        self.cache.append(len(ids))
 
     def _recording(self, n_tok: int, n_past: int, n_logits: int) -> Recording:
         """The queue of a step, compiled. Short ones read all that changes from memory, so they are kept."""

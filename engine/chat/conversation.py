@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContextFullError, EngineError, SessionError
+from ..prefixes import common
 from .messages import checked_messages
 from .template import ChatTemplate
 
@@ -135,15 +136,15 @@ class Conversation:
     def _shift(self, ids: list[int], n_gone: int) -> None:
         """Take n_gone tokens out of the cache, if what is behind them goes on as the prompt does."""
         held = self.stream.tokens
-        n = _common(held, ids)
-        if n_gone > 0 and _common(held[n + n_gone :], ids[n:]) >= MIN_SHIFT:
+        n = common(held, ids)
+        if n_gone > 0 and common(held[n + n_gone :], ids[n:]) >= MIN_SHIFT:
             self.stream.shift(n, n_gone)
 
     def _n_keep(self) -> int:
         """Tokens before the first question: what a prompt has in common with one that asks something else."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         a, b = (self.template.tokens([*system, {"role": "user", "content": text}]) for text in ("a", "1"))
-        return _common(a, b)
+        return common(a, b)
 
 
 class _Answer:
@@ -235,8 +236,3 @@ class ThinkSplitter:
     def flush(self) -> Iterator[tuple[bool, str]]:
         text, self._held = self._held, ""
         yield self.thinking, text
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of what both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol
 
-from ..console import CompileProgress, Counter, note, printable, size
+from ..console import CompileProgress, Counter, note, printable, rate, size
 from ..errors import EngineError
 from .conversation import Conversation, Piece
 
@@ -195,12 +195,12 @@ class Repl:
     def _stats(self, _: str) -> None:
         conversation, stream = self.conversation, self.conversation.stream
         stats = stream.stats
-        computed = _rate(stats.n_prompt - stats.n_reused, stats.t_prompt)
+        computed = rate(stats.n_prompt - stats.n_reused, stats.t_prompt)
         n, forgotten = _exchanges(len(conversation.messages)), conversation.n_forgotten // 2
         held, room, kept = f"{stream.n_kv:,}", f"{stream.n_ctx:,}", size(stream.cache_bytes)
         note(f"  conversation  {n}, {forgotten} forgotten")
         note(f"  prompt        {stats.n_prompt:,} tokens, {stats.n_reused:,} were there, {computed}")
-        note(f"  answer        {stats.n_generated:,} tokens, {_rate(stats.n_generated - 1, stats.t_generated)}")
+        note(f"  answer        {stats.n_generated:,} tokens, {rate(stats.n_generated - 1, stats.t_generated)}")
         if stats.n_drafted:
             note(f"  drafted       {stats.n_drafted:,} tokens, {stats.n_accepted:,} right")
         note(f"  K-cache       {held} of {room} tokens, {kept} ({stream.type_k})")
@@ -235,14 +235,10 @@ class Repl:
         gauge = "█" * round(10 * share) + "░" * (10 - round(10 * share))
         told = [f"{gauge} {stream.n_kv:,} / {stream.n_ctx:,} tokens"]
         if stream.stats.n_generated > 1:
-            told.append(_rate(stream.stats.n_generated - 1, stream.stats.t_generated))
+            told.append(rate(stream.stats.n_generated - 1, stream.stats.t_generated))
         if self.conversation.n_forgotten:
             told.append(f"{_exchanges(self.conversation.n_forgotten)} forgotten")
         return " │ ".join(told)
-
-
-def _rate(n: int, seconds: float) -> str:
-    return f"{n / seconds:,.1f} t/s" if n > 0 and seconds > 0 else "- t/s"
 
 
 def _exchanges(n_messages: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..console import printable, size
+from ..console import printable, rate, size
 from ..errors import EngineError
 
 if TYPE_CHECKING:
@@ -64,7 +64,3 @@ def summary(opened: Stream, n_predict: int) -> str:
     if stats.finish_reason == "length" and stats.n_generated != n_predict:
         line += f" | stopped: n_ctx = {opened.n_ctx:,} is full"
     return line
-
-
-def rate(n: int, seconds: float) -> str:
-    return f"{n / seconds:,.1f} t/s" if n > 0 and seconds > 0 else "- t/s"

@@ -269,7 +269,7 @@ def test_what_was_drafted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_without_tokens_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert text.rate(0, 0.0) == text.rate(-1, 0.1) == "- t/s"
+    assert console.rate(0, 0.0) == console.rate(-1, 0.1) == "- t/s"
 
 
 def test_defaults_are_those_of_the_engine() -> None:
