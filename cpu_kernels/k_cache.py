@@ -53,26 +53,9 @@ def hadamard() -> Any:
 @kernel
 def store_row(type_k, neox):
     """One token a tile."""
-    from .simd import (
-        bc,
-        bci,
-        fma,
-        hmax,
-        hsum,
-        ld,
-        ld_i32,
-        st,
-        st_bf16,
-        st_f16,
-        st_i8,
-        st_scalar,
-        to_i,
-        vabs,
-        vmax,
-        vmin,
-    )  # fmt: skip
+    from .simd import bc, bci, fma, hmax, hsum, ld, ld_i32, st, st_i8, st_scalar, to_i, vabs, vmax
 
-    rotate, transform = rotation(neox), hadamard()
+    rotate, transform, st_16 = rotation(neox), hadamard(), narrow_store(type_k)
 
     def body(tile, scratch, kv_a, stride, weight, eps: f32, cos_sin, cos_sin_stride,
              positions, rows, row_stride, C, R):  # fmt: skip
@@ -97,25 +80,30 @@ def store_row(type_k, neox):
                 v = to_i(ld(scratch + 4 * i) * bc(1.0 / scale))
                 st_i8(row + i, v + bci(128))
             row += C
-            for i in range(0, R, 16):
-                st_bf16(row + 2 * i, ld(rope + 4 * i))
             st_scalar(row + 2 * R, scale)
         else:
             for i in range(0, C, 16):
-                v = ld(kv_a + 4 * i) * factor * ld(weight + 4 * i)
-                if type_k == "f16":
-                    st_f16(row + 2 * i, vmax(vmin(v, bc(65504.0)), bc(-65504.0)))
-                else:
-                    st_bf16(row + 2 * i, v)
+                st_16(row + 2 * i, ld(kv_a + 4 * i) * factor * ld(weight + 4 * i))
             row += 2 * C
-            for i in range(0, R, 16):
-                v = ld(rope + 4 * i)
-                if type_k == "f16":
-                    st_f16(row + 2 * i, vmax(vmin(v, bc(65504.0)), bc(-65504.0)))
-                else:
-                    st_bf16(row + 2 * i, v)
+        for i in range(0, R, 16):
+            st_16(row + 2 * i, ld(rope + 4 * i))
 
     return body
+
+
+def narrow_store(type_k: str) -> Any:
+    """A device function (address, 16 f32): stores them in the 16 bits of a type's rope. For kernel factories."""
+    from .simd import bc, device, st_bf16, st_f16, vmax, vmin
+
+    @device
+    def store_f16(a, v):
+        st_f16(a, vmax(vmin(v, bc(65504.0)), bc(-65504.0)))
+
+    @device
+    def store_bf16(a, v):
+        st_bf16(a, v)
+
+    return store_f16 if type_k == "f16" else store_bf16
 
 
 def widening(type_k: str) -> Any:
@@ -180,9 +168,9 @@ def k_store(
 @kernel
 def turn_row(type_k, neox):
     """One row a tile: its rope part, from a copy in 16 bits."""
-    from .simd import bc, ld, ld_bf16, ld_f16, st, st_bf16, st_f16, vmax, vmin
+    from .simd import ld, ld_bf16, ld_f16, st
 
-    rotate = rotation(neox)
+    rotate, st_16 = rotation(neox), narrow_store(type_k)
 
     def body(tile, scratch, rope, cos_sin, cos_sin_stride, rows, row_stride, offset, R):
         rope += tile * 2 * R
@@ -191,11 +179,7 @@ def turn_row(type_k, neox):
             st(scratch + 4 * i, ld_f16(rope + 2 * i) if type_k == "f16" else ld_bf16(rope + 2 * i))
         rotate(scratch, cos_sin + tile * cos_sin_stride, scratch, R)
         for i in range(0, R, 16):
-            v = ld(scratch + 4 * i)
-            if type_k == "f16":
-                st_f16(row + 2 * i, vmax(vmin(v, bc(65504.0)), bc(-65504.0)))
-            else:
-                st_bf16(row + 2 * i, v)
+            st_16(row + 2 * i, ld(scratch + 4 * i))
 
     return body
 

@@ -116,15 +116,16 @@ def test_text_comes_asynchronously() -> None:
     assert text == expected and turns > 10
 
 
+async def consume(engine: Engine) -> None:
+    async for _ in engine.agenerate(TOKENS.tolist(), max_tokens=3):
+        pass
+
+
 def test_a_cancelled_task_stops_the_step(heavy: Engine) -> None:
     heavy.clear()
 
     async def main() -> None:
-        async def consume() -> None:
-            async for _ in heavy.agenerate(TOKENS.tolist(), max_tokens=3):
-                pass
-
-        task = asyncio.create_task(consume())
+        task = asyncio.create_task(consume(heavy))
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -166,11 +167,7 @@ def test_a_task_that_is_cancelled_twice_ends_as_one_that_is_cancelled(heavy: Eng
     heavy.clear()
 
     async def main() -> None:
-        async def consume() -> None:
-            async for _ in heavy.agenerate(TOKENS.tolist(), max_tokens=3):
-                pass
-
-        task = asyncio.create_task(consume())
+        task = asyncio.create_task(consume(heavy))
         await asyncio.sleep(0.1)
         for _ in range(3):
             task.cancel()
