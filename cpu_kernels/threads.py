@@ -454,6 +454,11 @@ class Run:
             self._workspace = memory[start : start + n_bytes]  # tapes recorded before keep the old one
         return self._workspace[:n_bytes]
 
+    @property
+    def workspace_nbytes(self) -> int:
+        """What the ops that were queued have asked for."""
+        return self._workspace.nbytes
+
     def launch(self, code: Code, n_tiles: int | np.ndarray, args: Sequence[object], barrier: bool = True) -> None:
         """Queue a job.
 

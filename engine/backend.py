@@ -1,4 +1,4 @@
-"""Where a model runs: 'cpu', 'gpu' or 'auto' -> the module of ops.
+"""Where a model runs: 'cpu', 'gpu' or 'auto' -> the modules of ops and of arrays.
 
 Both backends are modules with one vocabulary; the signatures of the wrappers in cpu_kernels are the contract. An op
 queues work on `run`, its first argument. Arrays are (rows, …) f32 with the last axis contiguous; weights have
@@ -18,22 +18,109 @@ queues work on `run`, its first argument. Arrays are (rows, …) f32 with the la
     swiglu(run, gate, up, out)
     route(run, logits, bias, gating, n_group, n_group_used, norm, scale, ids, weights)
     experts(run, x, ids, weights, gate, up, down, out)   out += the experts' weighted sum
+    Run(n_threads) · prepare(tapes, progress) · Cancelled                        queue, tape and replay; see the leaves
     roofline.limits(run) · attention_kinds(type_k, mha) · matmul_kind(type_id, k, n_tok)            for `konly bench`
+
+What the host does with arrays is in host.py, and in arrays.py of gpu_kernels, under the same names.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+from . import host
 from .errors import BackendError
 
+BACKENDS = ("cpu", "gpu", "auto")
 
-def ops(backend: str) -> ModuleType:
-    """The ops of a backend. 'auto' takes what is there: the CPU, until the GPU path exists."""
-    if backend in ("cpu", "auto"):
-        import cpu_kernels
 
-        return cpu_kernels
-    if backend == "gpu":
-        raise BackendError("backend 'gpu' asked for, but this version has no GPU path; use --backend cpu")
-    raise BackendError(f"backend is {backend!r}; expected cpu, gpu or auto")
+@dataclass(frozen=True)
+class Backend:
+    """Where a model runs.
+
+    name     'cpu' | 'gpu' | 'gpu, experts on the CPU'
+    ops      the vocabulary above
+    arrays   host.py or gpu_kernels' arrays.py
+    card     its limits, as gpu_kernels has them; None on the CPU
+    dry      of a card: the ops with runs that execute nothing, but tell what memory they would take
+    experts_on_cpu   the routed experts' weights stay where they are
+    """
+
+    name: str
+    ops: Any
+    arrays: ModuleType
+    card: Any = None
+    dry: Any = None
+    experts_on_cpu: bool = False
+
+
+class DryOps:
+    """A card's ops for a plan: they queue on runs without a card, arrays are in main memory."""
+
+    def __init__(self, ops: ModuleType, card: Any):
+        self._ops, self._card = ops, card
+        self.arrays = host
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def Run(self, n_threads: int | None = None) -> Any:
+        return self._ops.DryRun(self._card)
+
+
+def cpu() -> Backend:
+    import cpu_kernels
+
+    return Backend("cpu", cpu_kernels, host)
+
+
+def gpu() -> Backend:
+    """BackendError, one sentence, without a card that can be used."""
+    import gpu_kernels
+
+    try:
+        card = gpu_kernels.device.limits()
+    except gpu_kernels.GpuError as error:
+        raise BackendError(f"backend 'gpu' asked for, but {error}; or use --backend cpu") from None
+    return on_card(gpu_kernels, card)
+
+
+def on_card(ops: ModuleType, card: Any) -> Backend:
+    return Backend("gpu", ops, ops.arrays, card, DryOps(ops, card))
+
+
+def hybrid(of_card: Backend) -> Backend:
+    """The card, with the routed experts computed by the CPU's kernels."""
+    from .hybrid import HybridOps
+
+    ops, dry = (HybridOps(ops, cpu().ops) for ops in (of_card.ops, of_card.dry))
+    return Backend("gpu, experts on the CPU", ops, of_card.arrays, of_card.card, dry, experts_on_cpu=True)
+
+
+def candidates(backend: str, experts: str | None, has_experts: bool) -> list[Backend]:
+    """What may be tried, best first. experts: 'gpu' | 'cpu', where the routed ones are computed; None: as it fits.
+
+    BackendError for other names, for experts 'cpu' on a model without, and without a card that was asked for.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; expected cpu, gpu or auto")
+    if experts not in (None, "cpu", "gpu"):
+        raise BackendError(f"experts is {experts!r}; expected cpu or gpu")
+    if backend == "cpu":
+        if experts == "gpu":
+            raise BackendError("experts on the GPU asked for, but the backend is cpu; use --backend gpu")
+        return [cpu()]
+    if experts is not None and not has_experts:
+        raise BackendError("this model has no routed experts, so there is nothing to place; leave --experts out")
+    try:
+        card = gpu()
+    except BackendError:
+        if backend == "gpu":
+            raise
+        return [cpu()]
+    found = [] if experts == "cpu" else [card]
+    if experts == "cpu" or (experts is None and has_experts and backend == "auto"):
+        found.append(hybrid(card))
+    return found if backend == "gpu" else [*found, cpu()]

@@ -53,7 +53,7 @@ class Batch:
     def __init__(self, engine: Engine, n: int):
         self.model = engine.model
         self._run = engine.model.ops.Run(engine.model.n_threads)
-        self._buffers = Buffers(MAX_DECODE_TOKENS)
+        self._buffers = Buffers(MAX_DECODE_TOKENS, engine.model.arrays)
         self._recordings: dict[tuple[int, ...], Recording] = {}
         self._idle = [engine.stream() for _ in range(n)]
         self._streams = list(self._idle)

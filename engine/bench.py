@@ -32,15 +32,18 @@ def run(
     path: str | os.PathLike[str] | None = None,
     *,
     n_prompt: Sequence[int] = (512,),
+    n_ubatch: int = 512,
     n_gen: int = 32,
     depths: Sequence[int] = (0,),
     threads: Sequence[int] = (0,),
     type_k: Sequence[str] = ("f16",),
+    backend: str = "cpu",
+    experts: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Every combination of the lists; a thread count of 0 means one per physical core.
 
-    {"model",
+    {"model", "backend",
      "limits": {threads: {"read_gb_s", "f32_gmul_s", "bf16_gmul_s", "int8_gmul_s"}}, threads as a string
      "decode": [{"type_k", "threads", "depth", "ms_per_token", "min", "max", "parts"}],
      "prefill": [{"type_k", "threads", "depth", "tokens", "tokens_per_s", "min", "max", "parts"}]}
@@ -52,8 +55,17 @@ def run(
     for kind in type_k:
         n_ctx = max(depths) + max([N_REAL_TOKENS, n_gen, *n_prompt]) + 1
         for n_threads in threads:
-            engine = Engine(path, n_ctx=n_ctx, type_k=kind, n_threads=n_threads or None, progress=progress)
-            result["model"] = os.path.basename(engine.path)
+            engine = Engine(
+                path,
+                n_ctx=n_ctx,
+                type_k=kind,
+                n_threads=n_threads or None,
+                n_ubatch=n_ubatch,
+                backend=backend,
+                experts=experts,
+                progress=progress,
+            )
+            result |= {"model": os.path.basename(engine.path), "backend": engine.backend}
             n_vocab = engine.hparams.n_vocab
             engine.step(rng.integers(0, n_vocab, N_REAL_TOKENS))
             engine.step([0])  # compiles, and brings the weights into memory
@@ -139,9 +151,4 @@ def _medians(found: list[Limits]) -> Limits:
 
 def _fill(engine: Stream, depth: int) -> None:
     """Set n_kv to depth, by repeating the first N_REAL_TOKENS rows, which stay in place."""
-    cache = engine.cache
-    for rows in cache.rows:
-        for start in range(N_REAL_TOKENS, depth, N_REAL_TOKENS):
-            n = min(N_REAL_TOKENS, depth - start)
-            rows[start : start + n] = rows[:n]
-    cache.n_kv = depth
+    engine.cache.repeat(N_REAL_TOKENS, depth)

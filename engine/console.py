@@ -92,12 +92,12 @@ class CompileProgress:
         if self._started and done >= total:
             seconds = time.perf_counter() - self._started
             self._stop()
-            note(f"compiled {total} kernels for this CPU in {seconds:.1f} s")
+            note(f"compiled {total} kernels for this machine in {seconds:.1f} s")
 
     def _start(self, total: int) -> None:
         self._started = time.perf_counter()
         if not sys.stderr.isatty():
-            note(f"compiling {total} kernels for this CPU …")
+            note(f"compiling {total} kernels for this machine …")
             return
         self._bar = _bar("compiling kernels", total)
 
@@ -160,6 +160,16 @@ class Counter:
             note = f"{(done - self._first) / (time.perf_counter() - self._began):,.0f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
+
+
+class LoadProgress(Counter):
+    """Tells on stderr, where that is a terminal, how many MiB of the weights have come to the card."""
+
+    def __init__(self) -> None:
+        super().__init__("loading weights, MiB")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        super().__call__(done >> 20, total >> 20, note)
 
 
 def _bar(what: str, total: int) -> Progress:

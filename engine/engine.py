@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Unpack
 
-from . import backend as backends
-from . import models
+from . import models, placing
+from .backend import cpu
 from .errors import EngineError
 from .gguf_file import read
 from .hparams import HParams
 from .k_cache import DEFAULT_TYPE_K
 from .model import MIN_MHA_TOKENS, Model, Progress
+from .placing import Shape
 from .prefixes import Prefixes
 from .request import Arguments
 from .stream import Stream
@@ -39,11 +40,16 @@ class Engine(Stream):
     n_ubatch   tokens of a prompt that are computed together
     min_mha_tokens   steps of so many tokens expand K and V from the cache (MHA mode), shorter ones absorb (MQA mode)
     prefix_bytes     memory for prompts that streams come back to (prefixes.py); 0: none
-    backend    'cpu' | 'gpu' | 'auto'
+    backend    'cpu' | 'gpu' | 'auto': the card if there is one that the model fits, with or without its experts
+    experts    'gpu' | 'cpu': where routed experts are computed; None: on the backend, or with 'auto' where they fit
     progress   called as progress(done, total, name) while kernels are compiled: at first use on this machine
+    loading    called as loading(bytes, of all, name) while weights go to a card
 
-    ModelFormatError for a damaged file, UnsupportedModelError for a sound one that konly does not run.
+    ModelFormatError for a damaged file, UnsupportedModelError for a sound one that konly does not run, BackendError
+    if there is no card that can be used, or too little of its memory free: before anything is brought there.
     """
+
+    backend: str  # where it runs: 'cpu', 'gpu', or 'gpu, experts on the CPU'
 
     def __init__(
         self,
@@ -55,25 +61,31 @@ class Engine(Stream):
         min_mha_tokens: int = MIN_MHA_TOKENS,
         prefix_bytes: int = DEFAULT_PREFIX_BYTES,
         backend: str = "cpu",
+        experts: str | None = None,
         progress: Progress | None = None,
+        loading: Progress | None = None,
     ):
         n_ctx = None if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
         n_threads = None if n_threads is None else _count("n_threads", n_threads)
         n_ubatch = _count("n_ubatch", n_ubatch)
         min_mha_tokens = _count("min_mha_tokens", min_mha_tokens)
         prefix_bytes = _count("prefix_bytes", prefix_bytes, low=0)
-        ops = backends.ops(backend)
         self.path = os.fsdecode(path if path is not None else default_model())
         file = read(self.path)
         hparams = HParams.from_gguf(file)
-        weights = models.build(hparams, file, ops)
+        n_ctx = n_ctx or min(hparams.n_ctx_train, DEFAULT_N_CTX)
         tokenizer = Tokenizer.from_gguf(file)
+        weights = models.build(hparams, file, cpu().ops)
+        shape = Shape(n_ctx, type_k, n_ubatch, min_mha_tokens)
+        chosen, weights = placing.choose(weights, backend, experts, shape, loading)
+        self.backend = chosen.name
         model = Model(
             file,
             weights,
             hparams,
             tokenizer,
-            ops,
+            chosen.ops,
+            chosen.arrays,
             Prefixes(prefix_bytes),
             n_threads,
             n_ubatch,
@@ -81,7 +93,7 @@ class Engine(Stream):
             progress,
         )
         self._batches: list[Batch] = []  # that run
-        super().__init__(model, n_ctx or min(hparams.n_ctx_train, DEFAULT_N_CTX), type_k)
+        super().__init__(model, n_ctx, type_k)
 
     def stream(self, n_ctx: int | None = None, type_k: str | None = None) -> Stream:
         """Another cache and position over the same weights; may run in another thread."""

@@ -29,21 +29,18 @@ rewritten.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
+from . import host
 from .errors import EngineError
 
 TYPES_K = ("f16", "bf16", "q8")
 DEFAULT_TYPE_K = "q8"  # no further from float64 than f16 (README), 0.57 of its memory, and the fastest of the three
-PAGE = mmap.PAGESIZE
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # has its name since 3.13
 
 
 @dataclass(frozen=True)
@@ -92,35 +89,26 @@ class KCacheLayout:
         """Of n_ctx tokens in all layers."""
         return self.n_ctx * self.bytes_per_token
 
-    def defines(self) -> dict[str, int | str]:
-        """What the GPU's kernels are compiled with."""
-        return {
-            "KV_LORA_RANK": self.kv_lora_rank,
-            "N_ROT": self.n_rot,
-            "TYPE_K": self.type_k,
-            "ROW_STRIDE": self.row_stride,
-            "ROPE_OFFSET": self.rope_offset,
-            "SCALE_OFFSET": self.scale_offset,
-        }
-
 
 class KCache:
     """The rows of one stream: `rows[il]` is (n_ctx, row_stride) u8, of which the first n_kv are filled.
 
     Row i holds the token at position first_position + i.
 
-    An anonymous mapping: memory is taken page by page as rows are written, so a long n_ctx costs nothing by itself.
+    arrays   where they lie: host.py, or gpu_kernels' arrays.py
     """
 
-    def __init__(self, layout: KCacheLayout):
-        self.layout = layout
+    def __init__(self, layout: KCacheLayout, arrays: ModuleType = host):
+        self.layout, self._arrays = layout, arrays
         self.n_kv = 0
         self.first_position = 0
         self.head = Head.none(layout)
-        layer_nbytes = -(-layout.n_ctx * layout.row_stride // PAGE) * PAGE
-        self._memory = _anonymous(layout.n_layer * layer_nbytes)
-        layers = np.frombuffer(self._memory, np.uint8).reshape(layout.n_layer, layer_nbytes)
-        self.rows = [layer[: layout.n_ctx * layout.row_stride].reshape(layout.n_ctx, -1) for layer in layers]
+        try:
+            layers = arrays.layers(layout.n_layer, layout.n_ctx * layout.row_stride)
+        except MemoryError as error:
+            size = f"{layout.nbytes / 2**20:,.0f} MiB"
+            raise EngineError(f"no room for a K-cache of {size} ({error}); lower n_ctx, or take type_k q8") from None
+        self.rows = [layer.reshape(layout.n_ctx, -1) for layer in layers]
 
     @property
     def nbytes(self) -> int:
@@ -156,10 +144,8 @@ class KCache:
         """
         n_keep, n_discard = int(n_keep), int(n_discard)
         self.head = self._head(n_keep)
-        stride = self.layout.row_stride
         for rows in self.rows:
-            at = rows.ctypes.data + n_keep * stride
-            ctypes.memmove(at, at + n_discard * stride, (self.n_kv - n_keep - n_discard) * stride)
+            self._arrays.move(rows, n_keep, n_keep + n_discard, self.n_kv - n_keep - n_discard)
         self.n_kv -= n_discard
         self.first_position += n_discard
 
@@ -170,21 +156,35 @@ class KCache:
         self.n_kv, self.head = 0, Head.none(self.layout)
 
         def copy(il: int) -> None:
-            self.rows[il][:n] = rows[il]
+            self._arrays.put(self.rows[il][:n], rows[il])
 
         with ThreadPoolExecutor() as pool:  # fresh pages take longer to come than bytes to copy
             list(pool.map(copy, range(self.layout.n_layer)))
         self.n_kv, self.first_position = n, first_position
 
+    def layer(self, il: int, n: int) -> np.ndarray:
+        """(n, row_stride) u8 in main memory: the first rows of a layer. Where that is their place, a view."""
+        return self._arrays.get(self.rows[il][:n])
+
+    def copy(self, n: int) -> list[np.ndarray]:
+        """The first n rows of every layer, copied to main memory."""
+        return [np.array(self.layer(il, n), copy=self._arrays is host) for il in range(self.layout.n_layer)]
+
+    def repeat(self, n: int, n_kv: int) -> None:
+        """Hold n_kv rows: the first n of them, again and again. For timing: as real as any."""
+        for rows in self.rows:
+            for start in range(n, n_kv, n):
+                self._arrays.move(rows, start, 0, min(n, n_kv - start))
+        self.n_kv = n_kv
+
     def release(self) -> None:
         """Give all memory back; the cache holds no rows afterwards."""
         self.n_kv, self.rows = 0, []
-        del self._memory
 
     def rope(self, il: int, rows: slice) -> np.ndarray:
-        """(n, n_rot) u16: the rope part of some rows of a layer, a view."""
-        part = self.rows[il][rows, self.layout.rope_offset : self.layout.rope_offset + 2 * self.layout.n_rot]
-        return part.view(np.uint16)
+        """(n, n_rot) u16: the rope part of some rows of a layer."""
+        begin = self.layout.rope_offset
+        return self._arrays.get(self.rows[il][rows])[:, begin : begin + 2 * self.layout.n_rot].view(np.uint16)
 
     def _head(self, n: int) -> Head:
         """The first n rows as they were stored at first, taken now where they have not been turned yet."""
@@ -211,14 +211,3 @@ class Head:
 
     def cut(self, n: int) -> Head:
         return self if n >= len(self.positions) else Head(self.rope[:, :n], self.positions[:n])
-
-
-def _anonymous(nbytes: int) -> mmap.mmap:
-    try:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-            return mmap.mmap(-1, nbytes, flags=flags)
-        return mmap.mmap(-1, nbytes)
-    except (OSError, OverflowError, ValueError) as error:
-        size = f"{nbytes / 2**20:,.0f} MiB"
-        raise EngineError(f"no room for a K-cache of {size} ({error}); lower n_ctx, or take type_k q8") from None

@@ -33,6 +33,7 @@ class Model:
     hparams: HParams
     tokenizer: Tokenizer
     ops: ModuleType
+    arrays: ModuleType
     prefixes: Prefixes
     n_threads: int | None
     n_ubatch: int

@@ -27,11 +27,12 @@ from . import memory
 from .describe import used_tensors
 from .engine import MAX_N_CTX, Engine
 from .errors import EngineError
-from .k_cache import DEFAULT_TYPE_K, PAGE, TYPES_K, KCache, KCacheLayout
+from .host import PAGE
+from .k_cache import DEFAULT_TYPE_K, TYPES_K
 from .model import Model, Progress
 from .parts import Work, work_of
-from .step import Buffers, Step
-from .stream import Stream, record
+from .placing import Shape, layout_of, of_steps
+from .stream import Stream
 
 SLACK = 24 << 20  # of the allocator, the stacks of threads, what is between
 LIBRARY_SLACK = 12 << 20  # pages of libraries that only sampling reads
@@ -118,9 +119,10 @@ class _Parts:
         return {"weights": self.weights, "libraries": self.libraries + LIBRARY_SLACK}
 
     def anonymous(self, n_ctx: int, type_k: str) -> dict[str, int]:
-        hp, ops = self.model.hparams, self.model.ops
-        layout = KCacheLayout(hp.n_layer, n_ctx, hp.kv_lora_rank, hp.n_rot, type_k)
-        buffers, workspace = _of_steps(self.model, layout)
+        model, hp, ops = self.model, self.model.hparams, self.model.ops
+        shape = Shape(n_ctx, type_k, model.n_ubatch, model.min_mha_tokens)
+        buffers, workspace = of_steps(model.weights, ops, shape, model.n_threads)
+        layout = layout_of(hp, shape)
         return {
             "weights": self.copied,
             "k_cache": hp.n_layer * (-(-n_ctx * layout.row_stride // PAGE) * PAGE),
@@ -137,24 +139,26 @@ class _Parts:
     def largest(self, ram: int, type_k: str) -> int:
         """The most tokens of context, as far as the model was trained, that fit into ram."""
         rest = ram - sum(self.mapped().values())
+        over = lambda n: sum(self.anonymous(n, type_k).values()) - rest  # noqa: E731
+        return largest(over, min(self.model.hparams.n_ctx_train, MAX_N_CTX))
 
-        def over(n: int) -> int:
-            return sum(self.anonymous(n, type_k).values()) - rest
 
-        low, high = 1, min(self.model.hparams.n_ctx_train, MAX_N_CTX)
-        over_low, over_high = over(low), over(high)
-        if over_high <= 0 or over_low > 0:
-            return high if over_high <= 0 else 0
-        for i in range(MAX_TRIES):  # nearly linear: where the line through both ends meets 0, now and then the middle
-            if high - low <= 1:
-                break
-            share = 0.5 if i % 3 == 2 else over_low / (over_low - over_high)
-            n = min(max(low + int((high - low) * share), low + 1), high - 1)
-            if (more := over(n)) <= 0:
-                low, over_low = n, more
-            else:
-                high, over_high = n, more
-        return low
+def largest(over: Callable[[int], int], high: int) -> int:
+    """The greatest n from 1 to high with over(n) <= 0, which grows nearly as a line does; 0 if there is none."""
+    low = 1
+    over_low, over_high = over(low), over(high)
+    if over_high <= 0 or over_low > 0:
+        return high if over_high <= 0 else 0
+    for i in range(MAX_TRIES):  # where the line through both ends meets 0, now and then the middle
+        if high - low <= 1:
+            break
+        share = 0.5 if i % 3 == 2 else over_low / (over_low - over_high)
+        n = min(max(low + int((high - low) * share), low + 1), high - 1)
+        if (more := over(n)) <= 0:
+            low, over_low = n, more
+        else:
+            high, over_high = n, more
+    return low
 
 
 def _copied_weights(model: Model) -> int:
@@ -162,22 +166,6 @@ def _copied_weights(model: Model) -> int:
     if model.hparams.form != "legacy":
         return 0
     return sum(layer.w_uk.nbytes for layer in model.weights.attention)
-
-
-def _of_steps(model: Model, layout: KCacheLayout) -> tuple[int, int]:
-    """Bytes of a stream's buffers, and of what ops work in: one token, one with 15 drafts, a ubatch of a prompt."""
-    cache = KCache(layout)
-    n_ubatch = min(model.n_ubatch, layout.n_ctx)
-    buffers, workspace = Buffers(n_ubatch), 0
-    for n_tok in {1, min(16, n_ubatch), n_ubatch}:
-        run = model.ops.Run(model.n_threads)
-        mha = n_tok >= model.min_mha_tokens
-        parts = [(slice(0, n_tok), cache.rows)]
-        step = Step(model.ops, run, buffers, model.hparams, parts, layout.type_k, layout.n_ctx - n_tok, mha)
-        record(model, step, 1)
-        workspace += int(run._workspace.nbytes)
-    cache.release()
-    return sum(int(array.nbytes) for array in buffers._arrays.values()), workspace
 
 
 # ----------------------------------------------------------------------------------------------------------- times
@@ -254,10 +242,7 @@ def _at_limits(work: Work, limits: Limits) -> float:
 
 def _timed(stream: Stream, tokens: np.ndarray, depth: int) -> float:
     """Median seconds of a step after depth tokens, whose rows are those of the first real ones, repeated."""
-    n = min(len(stream.cache.rows[0]), stream.n_ubatch)
-    for rows in stream.cache.rows:
-        for at in range(n, depth, n):
-            rows[at : at + n] = rows[: min(n, len(rows) - at)]
+    stream.cache.repeat(min(stream.n_ctx, stream.n_ubatch), depth)
     times: list[float] = []
     while len(times) < 3 or (sum(times) < PROBE_SECONDS / 2 and len(times) < 50):
         stream.cache.n_kv = depth

@@ -63,7 +63,7 @@ class Prefixes:
         with self._lock:
             if any(common(prefix.tokens, ids) == n for prefix in self._of(cache)):
                 return
-        prefix = Prefix(cache.layout.type_k, ids, cache.first_position, [rows[:n].copy() for rows in cache.rows], ())
+        prefix = Prefix(cache.layout.type_k, ids, cache.first_position, cache.copy(n), ())
         room = self.budget - prefix.nbytes
         fitting = tuple(end for end in ends if end.n <= n and (room := room - end.logits.nbytes) >= 0)
         prefix = replace(prefix, ends=fitting)

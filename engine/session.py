@@ -65,22 +65,26 @@ def save(stream: Stream, path: str | os.PathLike[str], extra: dict[str, Any] | N
     """
     _require_little_endian()
     path = _path(path)
-    rows = [layer[: stream.n_kv] for layer in stream.cache.rows]
     json_bytes = _to_json(path, extra)
     head = _Head.of(stream, len(json_bytes))
     tokens = np.array(stream.tokens, "<i4")
     assert len(tokens) == head.n_kv
     try:
         with replacing(path) as file, ThreadPoolExecutor(stream.n_threads) as pool:
-            sums = pool.map(_checksum, rows)
+            sums = []
             offset = head.rows_at
-            for layer in rows:
+            for il in range(head.n_layer):
+                layer = stream.cache.layer(il, head.n_kv)
+                sums.append(pool.submit(_checksum, layer))
                 file.seek(offset)
                 _write(file, layer.reshape(-1).data)
                 offset += _aligned(layer.nbytes)
             file.truncate(offset)
             file.seek(0)
-            _write(file, head.pack(tokens.tobytes() + np.array(list(sums), "<u4").tobytes() + json_bytes))
+            _write(
+                file,
+                head.pack(tokens.tobytes() + np.array([one.result() for one in sums], "<u4").tobytes() + json_bytes),
+            )
     except OSError as error:
         raise _cannot_write(path, head.nbytes, error) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import host
 from .hparams import HParams
 from .k_cache import KCache
 from .layers.rope import fill_cos_sin
@@ -21,17 +22,41 @@ Part = tuple[slice, list[np.ndarray]]
 
 
 class Buffers:
-    """Arrays of one stream by name, for up to n_rows tokens; later steps reuse them."""
+    """Arrays of one stream by name, for up to n_rows tokens; later steps reuse them. arrays: where they lie."""
 
-    def __init__(self, n_rows: int):
-        self.n_rows = n_rows
-        self._arrays: dict[str, np.ndarray] = {}
+    def __init__(self, n_rows: int, arrays: ModuleType = host):
+        self.n_rows, self.arrays = n_rows, arrays
+        self._known: dict[str, Any] = {}
+        self._inputs: Any = None
 
-    def get(self, name: str, width: int, dtype: Any) -> np.ndarray:
-        array = self._arrays.get(name)
+    def get(self, name: str, width: int, dtype: Any) -> Any:
+        array = self._known.get(name)
         if array is None or array.shape[1] < width:
-            array = self._arrays[name] = np.zeros((self.n_rows, width), dtype)
+            array = self._known[name] = self.arrays.zeros((self.n_rows, width), dtype)
         return array
+
+    def inputs(self, n_tok: int, width: int) -> Any:
+        """A mirror of (n_tok * width,) int32."""
+        if self._inputs is None:
+            self._inputs = self.arrays.mirror((self.n_rows * width,), np.int32)
+        return self._inputs.first(n_tok * width)
+
+    @property
+    def nbytes(self) -> int:
+        inputs = 0 if self._inputs is None else self._inputs.host.nbytes
+        return inputs + sum(int(array.nbytes) for array in self._known.values())
+
+
+class Inputs:
+    """What changes from step to step, views of one array of int32 words, so that one copy brings it to a card.
+
+    tokens, positions, n_kv   (n_tok,) int32
+    cos_sin                   (n_tok, n_rot) f32
+    """
+
+    def __init__(self, words: Any, n_tok: int, n_rot: int):
+        self.cos_sin = words[: n_tok * n_rot].view(np.float32).reshape(n_tok, n_rot)
+        self.tokens, self.positions, self.n_kv = words[n_tok * n_rot :].reshape(3, n_tok)
 
 
 class Step:
@@ -53,19 +78,22 @@ class Step:
         self.n_tok = parts[-1][0].stop
         self._buffers = buffers
         self._inv_freq, self._magnitude = hp.inv_freq, hp.rope_magnitude
-        self.tokens, self.positions, self.n_kv = (
-            buffers.get(name, 1, np.int32)[: self.n_tok, 0] for name in ("tokens", "positions", "n_kv")
-        )
-        self.cos_sin = self.array("cos_sin", hp.n_rot)
+        self.mirror = buffers.inputs(self.n_tok, hp.n_rot + 3)
+        self._filled = Inputs(self.mirror.host, self.n_tok, hp.n_rot)
+        inputs = Inputs(self.mirror.here, self.n_tok, hp.n_rot)
+        self.tokens, self.positions, self.n_kv, self.cos_sin = (
+            inputs.tokens, inputs.positions, inputs.n_kv, inputs.cos_sin
+        )  # fmt: skip
         self.x = self.array("x", hp.n_embd)
 
     def fill(self, some: slice, tokens: np.ndarray, cache: KCache) -> None:
         """What one part of the step is to be: tokens that go to the end of a cache."""
-        self.tokens[some] = tokens
+        to = self._filled
+        to.tokens[some] = tokens
         rows = cache.n_kv + np.arange(len(tokens))
-        self.positions[some] = rows
-        self.n_kv[some] = rows + 1
-        fill_cos_sin(rows + cache.first_position, self._inv_freq, self._magnitude, self.cos_sin[some])
+        to.positions[some] = rows
+        to.n_kv[some] = rows + 1
+        fill_cos_sin(rows + cache.first_position, self._inv_freq, self._magnitude, to.cos_sin[some])
 
     def array(self, name: str, *shape: int, dtype: Any = np.float32) -> np.ndarray:
         """(n_tok, *shape), contents undefined; the same memory for the same name in every layer."""

@@ -32,7 +32,7 @@ class Stream:
     def __init__(self, model: Model, n_ctx: int, type_k: str):
         hp = model.hparams
         self.model, self.hparams, self.tokenizer = model, hp, model.tokenizer
-        self.cache = KCache(KCacheLayout(hp.n_layer, n_ctx, hp.kv_lora_rank, hp.n_rot, type_k))
+        self.cache = KCache(KCacheLayout(hp.n_layer, n_ctx, hp.kv_lora_rank, hp.n_rot, type_k), model.arrays)
         self.stats = Stats()
         self.n_ubatch = min(model.n_ubatch, n_ctx)
         self._tokens: list[int] = []
@@ -40,7 +40,7 @@ class Stream:
         self._text: object = None  # the generation that the cache belongs to; nobody's after a step or a truncate()
         self._keeps_prefixes = True
         self._run = model.ops.Run(model.n_threads)
-        self._buffers = Buffers(self.n_ubatch)
+        self._buffers = Buffers(self.n_ubatch, model.arrays)
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._compiled: set[int] = set()
         self._busy = threading.Lock()
@@ -135,7 +135,7 @@ class Stream:
         del self._tokens[self.n_kv :]
 
     def _shift(self, n_keep: int, n_discard: int) -> None:
-        cache, ops, hp = self.cache, self.model.ops, self.hparams
+        cache, ops, hp, upload = self.cache, self.model.ops, self.hparams, self.model.arrays.upload
         cache.check_drop(n_keep, n_discard)
         if not n_discard:
             return
@@ -147,8 +147,10 @@ class Stream:
             cos_sin = np.empty((n_keep, hp.n_rot), np.float32)
             turns = np.arange(n_keep) + cache.first_position - cache.head.positions
             fill_cos_sin(turns, hp.inv_freq, 1.0, cos_sin)
+            cos_sin = upload(cos_sin)
             for il in range(hp.n_layer if n_keep else 0):
-                ops.k_shift(run, cache.head.rope[il], cos_sin, cache.rows[il], self.type_k, hp.kv_lora_rank, hp.n_rot)
+                rope = upload(cache.head.rope[il])
+                ops.k_shift(run, rope, cos_sin, cache.rows[il], self.type_k, hp.kv_lora_rank, hp.n_rot)
             run.sync()
         except BaseException:  # Ctrl-C between two layers: rows that are half moved are no rows
             self._truncate(0)
@@ -363,10 +365,14 @@ class Stream:
 
 def record(model: Model, step: Step, n_logits: int) -> Recording:
     """Queue a step: its inputs, its tape, and where its logits will be, (n_logits, n_vocab)."""
-    logits = np.empty((n_logits, model.hparams.n_vocab), np.float32) if n_logits else None
+    logits = model.arrays.mirror((n_logits, model.hparams.n_vocab), np.float32) if n_logits else None
     step.run.take()  # what Ctrl-C may have left of an earlier one
+    step.mirror.send(step.run)
     try:
-        model.weights.forward(step, logits)
+        model.weights.forward(step, None if logits is None else logits.here)
     except ValueError as error:
         raise UnsupportedModelError(f"this model has a shape that no kernel runs: {error}") from error
-    return step, step.run.take(), logits
+    if logits is None:
+        return step, step.run.take(), None
+    logits.fetch(step.run)
+    return step, step.run.take(), logits.host

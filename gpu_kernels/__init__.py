@@ -4,9 +4,12 @@ A leaf: CuPy and NumPy only, and CuPy not before a kernel is asked for, so that 
 a driver. It knows nothing of engine: layouts reach it as plain integers. device.check() says whether there is a GPU.
 """
 
+from . import arrays as arrays
 from . import device as device
+from . import roofline as roofline
 from .attention import mla_decode as mla_decode
 from .device import GpuError as GpuError
+from .dry import DryRun as DryRun
 from .ffn import swiglu as swiglu
 from .k_cache import k_shift as k_shift
 from .k_cache import k_store as k_store
@@ -18,7 +21,10 @@ from .matmul import matmul_heads as matmul_heads
 from .moe import experts as experts
 from .norm import rms_norm as rms_norm
 from .prefill import mla_prefill as mla_prefill
-from .quants import upload as upload
 from .rope import rope as rope
 from .router import route as route
+from .stream import Cancelled as Cancelled
+from .stream import Queue as Queue
 from .stream import Run as Run
+from .stream import prepare as prepare
+from .weights import upload as upload

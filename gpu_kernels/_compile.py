@@ -37,25 +37,31 @@ class Kernel:
         """What is compiled at once: the file and its defines."""
         return self.file, self.defines
 
+    @property
+    def is_loaded(self) -> bool:
+        return self in _loaded
+
     def function(self) -> Any:
         """CuPy's kernel, compiled by now."""
-        return _function(self)
+        if self not in _loaded:
+            _loaded[self] = _module(self).get_function(self.name)
+        return _loaded[self]
 
 
 def kernel(file: str, name: str, defines: Mapping[str, int] | None = None) -> Kernel:
     return Kernel(file, name, tuple(sorted((defines or {}).items())))
 
 
-@functools.cache
-def _function(k: Kernel) -> Any:
-    return _module(k.file, k.defines).get_function(k.name)
+_loaded: dict[Kernel, Any] = {}
+_modules: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
 
 
-@functools.cache
-def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
+def _module(k: Kernel) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(file, defines), options=OPTIONS)
+    if k.unit not in _modules:
+        _modules[k.unit] = cupy.RawModule(code=source(*k.unit), options=OPTIONS)
+    return _modules[k.unit]
 
 
 def source(file: str, defines: Iterable[tuple[str, int]] = ()) -> str:

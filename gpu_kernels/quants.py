@@ -60,6 +60,10 @@ class Weight:
     data: Any
     planes: tuple[int, int, int]
 
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
 
 def format_of(type_id: int) -> Format:
     """ValueError for a type without a GPU kernel."""
@@ -69,24 +73,21 @@ def format_of(type_id: int) -> Format:
     return FORMATS[type_id]
 
 
+def planes_of(f: Format, n_blocks: int) -> list[int]:
+    """Where each plane of so many blocks begins, and where the last ends, in bytes."""
+    starts = [0]
+    for _, n in f.planes:
+        starts.append(starts[-1] + -(-n_blocks * n // ALIGNMENT) * ALIGNMENT)
+    return starts
+
+
 def pack(type_id: int, data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """(planes, where they begin) of blocks data (…, row bytes) u8 as the file has them."""
     f = format_of(type_id)
     blocks = np.ascontiguousarray(data).reshape(-1, f.nbytes)
-    sizes = [-(-len(blocks) * n // ALIGNMENT) * ALIGNMENT for _, n in f.planes]
-    starts = np.cumsum([0, *sizes])
-    packed = np.zeros(int(starts[-1]), np.uint8)
-    for (offset, n), start in zip(f.planes, starts, strict=False):
+    starts = planes_of(f, len(blocks))
+    packed = np.zeros(starts[-1], np.uint8)
+    for (offset, n), start in zip(f.planes, starts):
         packed[start : start + len(blocks) * n] = blocks[:, offset : offset + n].reshape(-1)
-    second, third, fourth = (*(int(s) for s in starts[1 : len(f.planes)]), 0, 0, 0)[:3]
+    second, third, fourth = (*starts[1 : len(f.planes)], 0, 0, 0)[:3]
     return packed, (second, third, fourth)
-
-
-def upload(run: Any, weight: Any) -> Weight:
-    """A weight of the file (type.id, shape, data (…, row bytes) u8) as the GPU's kernels take it."""
-    f = format_of(weight.type.id)
-    k = weight.shape[-1]
-    if k % f.block or weight.data.shape != (*weight.shape[:-1], k // f.block * f.nbytes):
-        raise ValueError(f"weight is {weight.data.shape} bytes for {weight.shape} values of {f.name}")
-    packed, planes = pack(f.type_id, weight.data)
-    return Weight(weight.type, tuple(weight.shape), run.upload(packed), planes)

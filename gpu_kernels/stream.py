@@ -3,11 +3,13 @@
 A wrapper checks its arrays, chooses a kernel and a grid, and calls
 
     run.launch(kernel, grid, threads, shared, args)        args as below; nothing else of CuPy is used by a wrapper
-    run.workspace(nbytes)                                  (nbytes,) u8 on the device, shared by all that is queued
-    run.upload(a), run.sync()                              a copy on the device; wait for all that is queued
+    run.workspace(nbytes)                                  (nbytes,) u8 on the device, for the op that is being queued
     run.limits                                             device.Limits
 
-so a test puts another Run in its place, which runs the same kernels on the CPU (tests/gpu_kernels/shim.py).
+As on the CPU, jobs wait in a queue. take() makes a tape of it, replay() executes one: at first job by job, so that it
+can be cancelled between them; from the second time on as CUDA graphs, one launch for all that lies between two calls of
+the host. Queue is all of that but the execution, so a test puts another Run in its place, which runs the same kernels
+on the CPU (tests/gpu_kernels/shim.py), and a plan counts memory on a machine without a card (dry.py).
 
 Arguments: an array is passed by the address of its first value (None: 0); a Python int as 32 bits, a float as f32;
 `wide(n)` is an int of 64 bits, which strides in values or bytes are.
@@ -15,56 +17,263 @@ Arguments: an array is passed by the address of its first value (None: 0); a Pyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import device
+from . import arrays, device
 from ._compile import Kernel
 from .check import address
 
 wide = np.int64
 STATIC_SHARED = 48 << 10  # what a block may take without asking
+CHUNK = 64  # jobs between two looks at the flag that cancels; two chunks are under way
 
 
-class Run:
-    """Queues on one CUDA stream of the current device; a new stream by default. GpuError if there is no device."""
+class Cancelled(Exception):
+    """The run's cancel flag was set. Arrays that were to be written hold anything."""
 
-    def __init__(self, stream: Any = None):
-        self.limits = device.limits()
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Kernel
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes of one array to another of the same size: on the device, or in pinned memory."""
+
+    to: Any
+    start: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of the host, called when all before it is done."""
+
+    function: Callable[[], None]
+
+
+Job = Launch | Copy | Call
+
+
+@dataclass
+class Tape:
+    """Jobs in order. parts: once captured, what replays them: graphs and calls."""
+
+    jobs: tuple[Job, ...]
+    replayed: bool = False
+    parts: list[Callable[[], None]] | None = field(default=None, repr=False)
+
+
+class Queue:
+    """Jobs that wait. cancel (1,) int64: set it to 1 from any thread, and replay raises Cancelled."""
+
+    def __init__(self, limits: device.Limits, n_threads: int | None = None):
+        self.limits = limits
+        self.n_threads = n_threads or os.cpu_count() or 1  # of the host, for what it does beside
+        self.cancel = np.zeros(1, np.int64)
+        self._jobs: list[Job] = []
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
+        """Queue a kernel on grid blocks of so many threads with so many bytes of dynamic shared memory."""
+        self._jobs.append(Launch(kernel, grid, threads, shared, tuple(args)))
+
+    def copy(self, to: Any, start: Any) -> None:
+        """Queue a copy of one contiguous array to another of the same bytes; host memory has to be pinned."""
+        assert to.nbytes == start.nbytes
+        self._jobs.append(Copy(to, start))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Queue a function of the host."""
+        self._jobs.append(Call(function))
+
+    def take(self) -> Tape:
+        """The queue as a tape; the queue is empty afterwards."""
+        jobs, self._jobs = self._jobs, []
+        return Tape(tuple(jobs))
+
+    def sync(self) -> None:
+        """Execute the queue; wait until it is done."""
+        self.replay(self.take())
+
+    def replay(self, tape: Tape) -> None:
+        raise NotImplementedError
+
+    def workspace(self, nbytes: int) -> Any:
+        """(nbytes,) u8 for an op's inner results; the next op may overwrite it."""
+        raise NotImplementedError
+
+    def empty(self, nbytes: int) -> Any:
+        """(nbytes,) u8 on the device, to keep."""
+        raise NotImplementedError
+
+    def put(self, to: Any, values: np.ndarray) -> None:
+        """Bytes of the host to an array of as many, at once."""
+        raise NotImplementedError
+
+    def upload(self, a: np.ndarray) -> Any:
+        """A copy on the device, at once."""
+        raise NotImplementedError
+
+
+class Run(Queue):
+    """Executes on one CUDA stream of the current device; a new stream by default. GpuError if there is no device."""
+
+    def __init__(self, n_threads: int | None = None, stream: Any = None):
+        super().__init__(device.limits(), n_threads)
         import cupy
 
         self.stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
         self._workspace = cupy.empty(0, np.uint8)
 
-    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
-        """Queue a kernel on grid blocks of so many threads with so many bytes of dynamic shared memory."""
-        function = kernel.function()
-        if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
-        with self.stream:
-            function(grid, (threads,), tuple(map(_argument, args)), shared_mem=shared)
-
     def workspace(self, nbytes: int) -> Any:
-        """Memory for a job's inner results; the next job may overwrite it. It grows, which a captured graph forbids."""
         if self._workspace.size < nbytes:
             import cupy
 
-            self.sync()
-            self._workspace = cupy.empty(nbytes, np.uint8)
+            self._workspace = cupy.empty(nbytes, np.uint8)  # tapes recorded before keep the old one
         return self._workspace[:nbytes]
 
-    def upload(self, a: np.ndarray) -> Any:
-        """A copy on the device."""
+    def empty(self, nbytes: int) -> Any:
         import cupy
 
-        with self.stream:
-            return cupy.asarray(a)
+        return cupy.empty(nbytes, np.uint8)
 
-    def sync(self) -> None:
-        """Wait until everything queued is done."""
+    def put(self, to: Any, values: np.ndarray) -> None:
+        arrays.put(to, values)
+
+    def upload(self, a: np.ndarray) -> Any:
+        return arrays.upload(a)
+
+    def replay(self, tape: Tape) -> None:
+        """Execute a tape and wait for it. Cancelled: raised some ten kernels after the flag was set."""
+        try:
+            if not tape.replayed:
+                self._one_by_one(tape)
+                tape.replayed = True
+            else:
+                if tape.parts is None:
+                    tape.parts = self._captured(tape)
+                for part in tape.parts:
+                    self._look()
+                    part()
+            self.stream.synchronize()
+        except BaseException:
+            self.stream.synchronize()  # nothing of it goes on while the caller believes that it has ended
+            raise
+
+    def profile(self, tape: Tape) -> list[tuple[str, float]]:
+        """Execute a tape job by job; (kernel, seconds) in order, by the device's clock."""
+        import cupy
+
+        events = [cupy.cuda.Event() for _ in range(len(tape.jobs) + 1)]
+        events[0].record(self.stream)
+        for job, event in zip(tape.jobs, events[1:]):
+            self._execute(job)
+            event.record(self.stream)
         self.stream.synchronize()
+        times = [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in zip(events, events[1:])]
+        return [(name_of(job), t) for job, t in zip(tape.jobs, times)]
+
+    def _look(self) -> None:
+        if self.cancel[0]:
+            raise Cancelled
+
+    def _one_by_one(self, tape: Tape) -> None:
+        import cupy
+
+        under_way: list[Any] = []
+        for start in range(0, len(tape.jobs), CHUNK):
+            if len(under_way) == 2:
+                under_way.pop(0).synchronize()
+            self._look()
+            for job in tape.jobs[start : start + CHUNK]:
+                self._execute(job)
+            under_way.append(cupy.cuda.Event(disable_timing=True))
+            under_way[-1].record(self.stream)
+
+    def _captured(self, tape: Tape) -> list[Callable[[], None]]:
+        """Each run of jobs between two calls as a graph."""
+        parts: list[Callable[[], None]] = []
+        for is_call, jobs in between_calls(tape.jobs):
+            if is_call:
+                parts += [lambda job=job: self._execute(job) for job in jobs]
+                continue
+            self.stream.begin_capture()
+            try:
+                for job in jobs:
+                    self._execute(job)
+            finally:
+                graph = self.stream.end_capture()
+            parts.append(lambda graph=graph: graph.launch(self.stream))
+        return parts
+
+    def _execute(self, job: Job) -> None:
+        if isinstance(job, Call):
+            self.stream.synchronize()
+            job.function()
+        elif isinstance(job, Copy):
+            import cupy
+
+            cupy.cuda.runtime.memcpyAsync(address(job.to), address(job.start), job.to.nbytes, 4, self.stream.ptr)
+        else:
+            function = job.kernel.function()
+            if job.shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < job.shared:
+                function.max_dynamic_shared_size_bytes = job.shared
+            with self.stream:
+                function(job.grid, (job.threads,), tuple(map(_argument, job.args)), shared_mem=job.shared)
+
+
+def between_calls(jobs: Sequence[Job]) -> list[tuple[bool, list[Job]]]:
+    """Jobs in order, cut into runs of calls (True) and of what a graph can hold."""
+    runs: list[tuple[bool, list[Job]]] = []
+    for job in jobs:
+        is_call = isinstance(job, Call)
+        if not runs or runs[-1][0] != is_call:
+            runs.append((is_call, []))
+        runs[-1][1].append(job)
+    return runs
+
+
+def name_of(job: Job) -> str:
+    """'file.kernel', 'copy' or 'call'."""
+    if isinstance(job, Launch):
+        return f"{job.kernel.file.removesuffix('.cu')}.{job.kernel.name}"
+    return "copy" if isinstance(job, Copy) else "call"
+
+
+def prepare(tapes: Sequence[Tape], progress: Callable[[int, int, str], None] | None = None) -> int:
+    """Have all kernels of these tapes compiled and loaded; how many were not. progress(done, total, name)."""
+    kernels = dict.fromkeys(job.kernel for tape in tapes for job in tape.jobs if isinstance(job, Launch))
+    units: dict[Any, list[Kernel]] = {}
+    for kernel in kernels:
+        if not kernel.is_loaded:
+            units.setdefault(kernel.unit, []).append(kernel)
+    if not units:
+        return 0
+    import cupy
+
+    here = cupy.cuda.Device().id
+
+    def load(of_unit: list[Kernel]) -> None:
+        with cupy.cuda.Device(here):
+            for kernel in of_unit:
+                kernel.function()
+
+    tell = progress if progress is not None else lambda done, total, name: None
+    tell(0, len(units), "")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NVRTC lets go of Python
+        for done, ((file, _), _) in enumerate(zip(units, pool.map(load, units.values())), 1):
+            tell(done, len(units), file)
+    return len(units)
 
 
 def _argument(arg: Any) -> Any:

@@ -30,7 +30,7 @@ ALLOWED = {
         "gpu_kernels",
     },
     "cpu_kernels": {"numpy", "numba", "llvmlite"},
-    "gpu_kernels": {"numpy", "cupy"},
+    "gpu_kernels": {"numpy", "cupy", "cupyx"},
 }
 ONLY_IN = {  # the only files that may import it
     "click": {
@@ -48,6 +48,7 @@ LAZY = {
     "jinja2",
     "rich",
     "cupy",
+    "cupyx",
 }  # not at the top of a module: they cost, or may be missing
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

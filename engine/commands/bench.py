@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..console import CompileProgress, print_tables
-from .options import DEFAULT_TYPE_K, TYPES_K, chosen_model, json_option, model_options
+from .options import DEFAULT_TYPE_K, TYPES_K, backend_options, chosen_model, json_option, model_options
 
 PARTS = ("attention", "experts", "dense", "rest")
 
@@ -23,6 +23,8 @@ PARTS = ("attention", "experts", "dense", "rest")
 @click.option("-d", "--depth", default="0", help="Tokens in the cache beforehand.", show_default=True)
 @click.option("-t", "--threads", default="0", help="0: one for each physical core.", show_default=True)
 @click.option("-ctk", "--cache-type-k", "--type-k", "type_k", default=DEFAULT_TYPE_K, show_default=True)
+@click.option("-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True)
+@backend_options
 @json_option
 def bench(n_prompt: str, n_gen: int, depth: str, threads: str, type_k: str, as_json: bool, **options: Any) -> None:
     """Time prompt processing and decoding. Lists are separated by commas: `-d 0,4096 -t 1,2 -ctk f16,q8`"""
@@ -30,15 +32,25 @@ def bench(n_prompt: str, n_gen: int, depth: str, threads: str, type_k: str, as_j
     if unknown := set(types) - set(TYPES_K):
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; expected {', '.join(TYPES_K)}", param_hint="'-ctk'")
     path = chosen_model(options)
-    lists = {"n_prompt": _numbers(n_prompt, "-p"), "depths": _numbers(depth, "-d"), "threads": _numbers(threads, "-t")}
+    arguments: dict[str, Any] = {
+        "n_prompt": _numbers(n_prompt, "-p"),
+        "depths": _numbers(depth, "-d"),
+        "threads": _numbers(threads, "-t"),
+        "type_k": types,
+        "n_gen": n_gen,
+        "n_ubatch": options["ubatch_size"],
+        "backend": options["backend"],
+        "experts": options["experts"],
+    }
     from .. import bench as benchmark
 
     with CompileProgress() as progress:
-        result = benchmark.run(path, n_gen=n_gen, type_k=types, progress=progress, **lists)
+        result = benchmark.run(path, progress=progress, **arguments)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        print_tables({"model": result["model"]}, _limits_table(result), *_bench_tables(result))
+        head = {"model": result["model"], "backend": result["backend"]}
+        print_tables(head, _limits_table(result), *_bench_tables(result))
         click.echo("\nparts: ms of a token, and the nearer of two shares: of DRAM's rate, of the peak of its products")
 
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import CompileProgress, note, size
+from ..console import CompileProgress, LoadProgress, note, size
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
 TYPES_K = ("f16", "bf16", "q8")  # as k_cache.py has them; a test compares
+BACKENDS = ("cpu", "gpu", "auto")  # as backend.py has them; likewise
 DEFAULT_TYPE_K = "q8"
 
 Command = Callable[..., Any]
@@ -51,6 +52,21 @@ model_options = options_in_order(  # MODEL, or -m MODEL, or neither: the default
 prompt_options = options_in_order(
     click.option("-p", "--prompt", help="The text; - reads it from standard input."),
     click.option("-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help="Read the text from a file."),
+)
+
+backend_options = options_in_order(
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="cpu",
+        help="auto: an NVIDIA card if there is one that the model fits.",
+        show_default=True,
+    ),
+    click.option(
+        "--experts",
+        type=click.Choice(("cpu", "gpu")),
+        help="Where routed experts are computed: cpu keeps them in RAM, for models larger than the card.",
+    ),
 )
 
 engine_options = options_in_order(
@@ -81,6 +97,7 @@ engine_options = options_in_order(
         help="How the K-cache keeps its rows; q8 takes 0.57 of f16's memory.",
         show_default=True,
     ),
+    backend_options,
 )
 
 
@@ -98,16 +115,21 @@ def open_engine(options: dict[str, Any]) -> Iterator[Engine]:
     path = chosen_model(options)
     import engine
 
-    with CompileProgress() as progress:
+    with CompileProgress() as progress, LoadProgress() as loading:
         opened = engine.Engine(
             path,
             n_ctx=options["ctx_size"] or None,
             type_k=options["cache_type_k"],
             n_threads=options["threads"] or None,
             n_ubatch=options["ubatch_size"],
+            backend=options["backend"],
+            experts=options["experts"],
             progress=progress,
+            loading=loading,
         )
         with contextlib.closing(opened):
+            if options["backend"] == "auto":
+                note(f"Note: runs on the {opened.backend}")
             for remark in _remarks(opened):
                 note(remark)
             yield opened
@@ -120,7 +142,7 @@ def _remarks(opened: Engine) -> Iterator[str]:
     n_ctx, trained = opened.n_ctx, opened.hparams.n_ctx_train
     if n_ctx > trained:
         yield f"Note: n_ctx = {n_ctx:,} is more than the {trained:,} tokens that the model was trained for"
-    full, available = opened.cache.layout.nbytes, memory.available()
+    full, available = opened.cache.layout.nbytes, memory.available() if opened.backend == "cpu" else None
     if available is not None and full > available:
         yield f"Note: {n_ctx:,} tokens in the K-cache take {size(full)}; {size(available)} of memory are available"
 

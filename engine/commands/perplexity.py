@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from ..console import CompileProgress, Counter, print_tables
-from .options import DEFAULT_TYPE_K, TYPES_K, chosen_model, json_option, model_options, prompt_of, prompt_options
+from .options import (
+    DEFAULT_TYPE_K,
+    TYPES_K,
+    backend_options,
+    chosen_model,
+    json_option,
+    model_options,
+    prompt_of,
+    prompt_options,
+)
 
 
 @click.command(short_help="Measure how well a model predicts a text.")
@@ -23,6 +32,7 @@ from .options import DEFAULT_TYPE_K, TYPES_K, chosen_model, json_option, model_o
 @click.option(
     "--against-cache-type-k", type=click.Choice(TYPES_K), help="Compare with a K-cache of this type, of OTHER or MODEL."
 )
+@backend_options
 @json_option
 def perplexity(
     ctx_size: int,
@@ -48,7 +58,15 @@ def perplexity(
     with CompileProgress() as compiling, contextlib.ExitStack() as stack:
 
         def opened(path: str | None, type_k: str) -> engine.Engine:
-            one = engine.Engine(path, n_ctx=ctx_size, type_k=type_k, n_threads=n_threads, progress=compiling)
+            one = engine.Engine(
+                path,
+                n_ctx=ctx_size,
+                type_k=type_k,
+                n_threads=n_threads,
+                backend=options["backend"],
+                experts=options["experts"],
+                progress=compiling,
+            )
             stack.callback(one.close)
             return one
 

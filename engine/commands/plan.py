@@ -15,6 +15,7 @@ UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 NAMES = {
     "weights": "weights, mapped from the file",
     "libraries": "libraries, mapped",
+    "uploaded": "weights, on the card",
     "copied": "weights, copied at load",
     "k_cache": "K-cache",
     "prefixes": "prompts to come back to",
@@ -44,7 +45,9 @@ class Size(click.ParamType):
 
 @click.command(short_help="Tell what a run would take: memory by part, the longest context, times.")
 @model_options
-@click.option("--ram", type=Size(), help="Memory to keep to, like 8GiB. [default: what is available now]")
+@click.option(
+    "--ram", type=Size(), help="Memory to keep to, of the card or the machine, like 8GiB. [default: what is available]"
+)
 @engine_options
 @click.option("--prefixes", type=Size(), default=0, help="Memory for prompts that an application comes back to.")
 @click.option("--no-probe", is_flag=True, help="Estimate no times.")
@@ -53,22 +56,30 @@ def plan(ram: int | None, prefixes: int, no_probe: bool, as_json: bool, **option
     """Tell what a run would take, before it is run: `konly plan model.gguf --ram 8GiB -c 32768 -ctk q8`
 
     Memory by part, exactly; the longest context for each type of K-cache; the time to the first token and of each
-    token after it, from a probe of two seconds. Exit code 1 if the run does not fit.
+    token after it, from a probe of two seconds. Exit code 1 if the run does not fit. With --backend gpu the memory is
+    that of the card, and no times are told.
     """
-    from ..plan import plan as method
+    path, n_ctx, n_ubatch = chosen_model(options), options["ctx_size"] or None, options["ubatch_size"]
+    type_k, told = options["cache_type_k"], None
+    if options["backend"] != "cpu":
+        from ..plan_card import plan_card
 
-    with CompileProgress() as progress:
-        told = method(
-            chosen_model(options),
-            ram=ram,
-            n_ctx=options["ctx_size"] or None,
-            type_k=options["cache_type_k"],
-            n_threads=options["threads"] or None,
-            n_ubatch=options["ubatch_size"],
-            prefix_bytes=prefixes,
-            probe=not no_probe,
-            progress=progress,
-        )
+        told = plan_card(path, options["backend"], options["experts"], ram, n_ctx, type_k, n_ubatch)
+    if told is None:
+        from ..plan import plan as method
+
+        with CompileProgress() as progress:
+            told = method(
+                path,
+                ram=ram,
+                n_ctx=n_ctx,
+                type_k=type_k,
+                n_threads=options["threads"] or None,
+                n_ubatch=n_ubatch,
+                prefix_bytes=prefixes,
+                probe=not no_probe,
+                progress=progress,
+            )
     if as_json:
         click.echo(json.dumps(told, indent=2))
     else:
@@ -80,7 +91,8 @@ def plan(ram: int | None, prefixes: int, no_probe: bool, as_json: bool, **option
 def _head(told: dict[str, Any]) -> dict[str, str]:
     over = told["total"] - told["ram"]
     verdict = "fits" if over <= 0 else f"does not fit: {size(over)} too much"
-    return {
+    where = {"backend": f"{told['backend']}: {told['card']}"} if "card" in told else {}
+    return where | {
         "model": told["model"],
         "n_ctx": f"{told['n_ctx']:,} tokens, type_k {told['type_k']}",
         "memory": f"{size(told['total'])} of {size(told['ram'])}: {verdict}",
@@ -89,10 +101,15 @@ def _head(told: dict[str, Any]) -> dict[str, str]:
 
 def _memory(told: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("part", "size", "bytes")]
-    parts = [*told["mapped"].items()]
-    parts += [("copied" if name == "weights" else name, n) for name, n in told["anonymous"].items()]
+    if "card" in told:
+        parts = [("uploaded" if name == "weights" else name, n) for name, n in told["on_card"].items()]
+    else:
+        parts = [*told["mapped"].items()]
+        parts += [("copied" if name == "weights" else name, n) for name, n in told["anonymous"].items()]
     rows += [(NAMES[name], size(n), f"{n:,}") for name, n in parts if n]
     rows.append(("total", size(told["total"]), f"{told['total']:,}"))
+    if told.get("experts"):
+        rows.append(("experts, mapped from the file", size(told["experts"]), f"{told['experts']:,}"))
     return rows
 
 

@@ -287,7 +287,7 @@ class Llama:
     def save_state(self) -> LlamaState:
         """A copy of the cache."""
         stream, n = self._stream, self._stream.n_kv
-        rows = [layer[:n].copy() for layer in stream.cache.rows]
+        rows = stream.cache.copy(n)
         ids = np.array(stream.tokens, np.int32)
         logits = None if self._logits is None else self._logits.copy()
         size = ids.nbytes + sum(layer.nbytes for layer in rows)

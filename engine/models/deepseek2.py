@@ -11,7 +11,11 @@ Three forms of files hold the up-projections W_UK and W_UV; all run from the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +28,8 @@ from ..step import Step
 from ..tensor import GGML_TYPES, QuantTensor
 
 F32, F16 = GGML_TYPES[0], GGML_TYPES[1]
+WEIGHTS = ("token_embd", "output_norm", "output", "attention", "ffn_norm", "ffn")
+ROUTED = ("gate", "up", "down")  # of MoE
 
 
 class DeepSeek2:
@@ -56,6 +62,27 @@ class DeepSeek2:
             y = step.array("y", hp.n_embd)[step.n_tok - len(logits) :]
             ops.rms_norm(run, step.x[step.n_tok - len(logits) :], self.output_norm, hp.rms_eps, y)
             ops.matmul(run, self.output, y, logits)
+
+    def map(self, function: Callable[[Any], Any], keep_experts: bool = False) -> DeepSeek2:
+        """The same model with function(weight) for each weight, called once for each; routed experts may stay."""
+        known: dict[int, Any] = {}  # a tied output is the embedding
+
+        def mapped(part: Any) -> Any:
+            if isinstance(part, QuantTensor | np.ndarray):
+                if id(part) not in known:
+                    known[id(part)] = function(part)
+                return known[id(part)]
+            if isinstance(part, list):
+                return [mapped(one) for one in part]
+            if not is_dataclass(part) or isinstance(part, type):
+                return part
+            stay = ROUTED if keep_experts and isinstance(part, MoE) else ()
+            return replace(part, **{f.name: mapped(getattr(part, f.name)) for f in fields(part) if f.name not in stay})
+
+        other = copy(self)
+        for name in WEIGHTS:
+            setattr(other, name, mapped(getattr(self, name)))
+        return other
 
     def _mla(self, take: _Tensors, blk: str, ops: ModuleType) -> MLA:
         hp = self.hparams

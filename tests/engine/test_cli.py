@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 import engine
 from engine import cli, console, memory
+from engine.backend import BACKENDS
 from engine.commands import bench, options, sampling, text
 from engine.errors import ModelFormatError
 from engine.grammar import Grammar
@@ -44,6 +45,7 @@ class StubEngine:
         n_ctx = options["n_ctx"] or 4096
         self.cache = types.SimpleNamespace(layout=KCacheLayout(27, n_ctx, 512, 64, options["type_k"]))
         self.cache_bytes, self.n_ctx, self.type_k = 3 << 20, n_ctx, options["type_k"]
+        self.backend = "cpu"
         self.stats = Stats(n_prompt=5, t_prompt=0.01, n_generated=64, t_generated=0.2, finish_reason=self.reason)
         StubEngine.opened = self
 
@@ -91,17 +93,19 @@ def test_defaults_are_left_to_the_engine() -> None:
     konly("run", "-p", "x")
     opened = StubEngine.opened
     assert opened.path is None
-    assert callable(opened.options.pop("progress"))
-    assert opened.options == {"n_ctx": None, "type_k": DEFAULT_TYPE_K, "n_threads": None, "n_ubatch": 512}
+    assert callable(opened.options.pop("progress")) and callable(opened.options.pop("loading"))
+    sizes = {"n_ctx": None, "type_k": DEFAULT_TYPE_K, "n_threads": None, "n_ubatch": 512}
+    assert opened.options == {**sizes, "backend": "cpu", "experts": None}
     assert opened.generate_options == {"max_tokens": None, "sampling": Sampling()}
 
 
 def test_every_option_arrives() -> None:
-    konly(*"run -m m.gguf -p x -n 7 -c 99 -t 3 -ub 64 -ctk q8".split())
+    konly(*"run -m m.gguf -p x -n 7 -c 99 -t 3 -ub 64 -ctk q8 --backend gpu --experts cpu".split())
     opened = StubEngine.opened
-    opened.options.pop("progress")
+    del opened.options["progress"], opened.options["loading"]
     assert opened.path == "m.gguf"
-    assert opened.options == {"n_ctx": 99, "type_k": "q8", "n_threads": 3, "n_ubatch": 64}
+    sizes = {"n_ctx": 99, "type_k": "q8", "n_threads": 3, "n_ubatch": 64}
+    assert opened.options == {**sizes, "backend": "gpu", "experts": "cpu"}
     assert opened.generate_options == {"max_tokens": 7, "sampling": Sampling()}
 
 
@@ -276,6 +280,7 @@ def test_defaults_are_those_of_the_engine() -> None:
     konly("run", "-p", "x")
     assert StubEngine.opened.generate_options["sampling"] == Sampling()
     assert (options.TYPES_K, options.DEFAULT_TYPE_K, bench.PARTS) == (TYPES_K, DEFAULT_TYPE_K, PARTS)
+    assert options.BACKENDS == BACKENDS
 
 
 def test_help_names_the_commands() -> None:
@@ -290,8 +295,8 @@ def test_compiling_is_told_in_two_lines_where_stderr_is_no_terminal(capsys: pyte
             progress(done, 2, "mla_decode[f16]")
         progress(2, 2, "again")
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "compiling 2 kernels for this CPU …"
-    assert second.startswith("compiled 2 kernels for this CPU in ")
+    assert first == "compiling 2 kernels for this machine …"
+    assert second.startswith("compiled 2 kernels for this machine in ")
 
 
 def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +307,7 @@ def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) 
     parts["rest"] = {"ms": 0.125, "of_read": None, "of_peak": None}
     result = {
         "model": "m.gguf",
+        "backend": "cpu",
         "limits": {"2": {"read_gb_s": 42.25, "f32_gmul_s": 240.0, "int8_gmul_s": 1000.0}},
         "prefill": [{**case, "tokens": 512, "tokens_per_s": 1234.56, "min": 1200.0, "max": 1300.0, "parts": parts}],
         "decode": [{**case, "ms_per_token": 20.0, "min": 19.5, "max": 21.25, "parts": parts}],
@@ -316,7 +322,7 @@ def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) 
     done = konly(*"bench m.gguf -p 512 -n 8 -d 0,4096 -t 1,2 --type-k f16,q8".split())
     assert callable(given.pop("progress"))
     lists = {"n_prompt": [512], "depths": [0, 4096], "threads": [1, 2], "type_k": ["f16", "q8"]}
-    assert given == {"path": "m.gguf", "n_gen": 8, **lists}
+    assert given == {"path": "m.gguf", "n_gen": 8, "n_ubatch": 512, "backend": "cpu", "experts": None, **lists}
     lines = [line.split() for line in done.stdout.splitlines()]
     assert "2 threads 42.2 240 1,000".split() in lines
     times = "5 50% 5 50% 5 50% 0.125".split()

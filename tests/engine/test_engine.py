@@ -214,7 +214,8 @@ def test_wrong_tokens_are_refused(toy: Path, tokens: object) -> None:
         ({"type_k": "q4"}, "type_k is 'q4'; expected one of f16, bf16, q8"),
         ({"type_k": None}, "type_k is None; expected"),
         ({"backend": "tpu"}, "backend is 'tpu'; expected cpu, gpu or auto"),
-        ({"backend": "gpu"}, "this version has no GPU path"),
+        ({"experts": "tpu", "backend": "gpu"}, "experts is 'tpu'; expected cpu or gpu"),
+        ({"experts": "gpu"}, "experts on the GPU asked for, but the backend is cpu"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(toy: Path, arguments: dict[str, Any], message: str) -> None:

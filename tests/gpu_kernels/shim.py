@@ -22,6 +22,7 @@ import pytest
 from gpu_kernels import _compile
 from gpu_kernels._compile import Kernel
 from gpu_kernels.device import CARDS, Limits
+from gpu_kernels.stream import Call, Cancelled, Copy, Queue, Tape
 
 HERE = Path(__file__).parent
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing")
@@ -86,14 +87,34 @@ def library(file: str, units: tuple[Defines, ...]) -> Any:
     return lib
 
 
-class ShimRun:
-    """As gpu_kernels.stream.Run, on NumPy arrays and at once. order: in which threads run, see shim.h."""
+class ShimRun(Queue):
+    """As gpu_kernels.stream.Run, on NumPy arrays. order: in which threads run, see shim.h.
 
-    def __init__(self, order: int = 0, limits: Limits = CARDS[90]):
-        self.order, self.limits = order, limits
+    at_once: a launch is executed, not queued.
+    """
+
+    def __init__(self, order: int = 0, limits: Limits = CARDS[90], at_once: bool = True):
+        super().__init__(limits, 1)
+        self.order, self.at_once = order, at_once
         self.launched: list[tuple[Kernel, tuple[int, ...], int, int]] = []
 
-    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
+    def launch(self, *args: Any) -> None:
+        super().launch(*args)
+        if self.at_once:
+            self.sync()
+
+    def replay(self, tape: Tape) -> None:
+        for job in tape.jobs:
+            if self.cancel[0]:
+                raise Cancelled
+            if isinstance(job, Call):
+                job.function()
+            elif isinstance(job, Copy):
+                job.to.reshape(-1).view(np.uint8)[:] = job.start.reshape(-1).view(np.uint8)
+            else:
+                self._launch(job.kernel, job.grid, job.threads, job.shared, job.args)
+
+    def _launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
         assert 0 < threads <= 1024 and shared <= self.limits.shared_per_block
         assert grid[0] > 0 and all(0 < n <= 65535 for n in grid[1:]) and len(grid) <= 2
         instances([kernel])
@@ -110,16 +131,18 @@ class ShimRun:
             raise AssertionError(f"{kernel.name}: {lib.last_error().decode()}")
 
     def workspace(self, nbytes: int) -> np.ndarray:
-        memory = np.full(nbytes + 256, 0xFF, np.uint8)  # NaN
+        return self.empty(nbytes)  # a new one for each op, of NaN: no op reads what another left
+
+    def empty(self, nbytes: int) -> np.ndarray:
+        memory = np.full(nbytes + 256, 0xFF, np.uint8)
         start = -memory.ctypes.data % 256
-        self._alive = memory
         return memory[start : start + nbytes]
+
+    def put(self, to: np.ndarray, values: np.ndarray) -> None:
+        to[...] = values
 
     def upload(self, a: np.ndarray) -> np.ndarray:
         return a.copy()
-
-    def sync(self) -> None:
-        pass
 
 
 def _value(arg: Any) -> Any:

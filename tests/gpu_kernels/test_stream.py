@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gpu_kernels import device
-from gpu_kernels.stream import Run, _argument, wide
+from gpu_kernels.device import CARDS
+from gpu_kernels.stream import Call, Cancelled, Copy, Queue, Run, Tape, _argument, between_calls, name_of, wide
 
 
 class Function:
@@ -27,8 +28,12 @@ class Function:
 
 def launched(shared: int, *args: Any) -> Function:
     function, run = Function(), Run.__new__(Run)
+    Queue.__init__(run, CARDS[90])
     run.stream = contextlib.nullcontext()
     run.launch(SimpleNamespace(function=lambda: function), (7, 2), 256, shared, args)
+    assert not function.calls  # it waits in the queue
+    (job,) = run.take().jobs
+    run._execute(job)
     return function
 
 
@@ -59,3 +64,80 @@ def test_without_a_card_a_run_says_what_is_missing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "limits", missing)
     with pytest.raises(device.GpuError, match="CuPy is not installed"):
         Run()
+
+
+class Stream:
+    """As CuPy's, writing down what it was asked for."""
+
+    def __init__(self, log: list[str]):
+        self.log = log
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def begin_capture(self) -> None:
+        self.log.append("capture")
+
+    def end_capture(self) -> Any:
+        self.log.append("end")
+        return SimpleNamespace(launch=lambda stream: self.log.append("graph"))
+
+
+class Logging(Run):
+    """A run whose jobs do nothing but tell their names."""
+
+    def __init__(self) -> None:
+        Queue.__init__(self, CARDS[90])
+        self.log: list[str] = []
+        self.stream = Stream(self.log)
+
+    def _execute(self, job: Any) -> None:
+        self.log.append(name_of(job))
+
+    def _one_by_one(self, tape: Tape) -> None:
+        for job in tape.jobs:
+            self._look()
+            self._execute(job)
+
+
+def tape_of(run: Run, *kinds: str) -> Tape:
+    a = np.zeros(4, np.uint8)
+    for kind in kinds:
+        if kind == "launch":
+            run.launch(SimpleNamespace(file="some.cu", name="kernel"), (1,), 32, 0, ())
+        elif kind == "copy":
+            run.copy(a, a)
+        else:
+            run.call(lambda: None)
+    return run.take()
+
+
+def test_a_tape_is_executed_job_by_job_at_first_then_captured_then_replayed() -> None:
+    run = Logging()
+    tape = tape_of(run, "copy", "launch", "call", "launch")
+    run.replay(tape)
+    assert run.log == ["copy", "some.kernel", "call", "some.kernel", "wait"]
+    run.log.clear()
+    run.replay(tape)
+    captured = ["capture", "copy", "some.kernel", "end", "capture", "some.kernel", "end"]
+    assert run.log == [*captured, "graph", "call", "graph", "wait"]
+    run.log.clear()
+    run.replay(tape)
+    assert run.log == ["graph", "call", "graph", "wait"]
+
+
+def test_a_cancelled_replay_waits_for_what_is_under_way() -> None:
+    run = Logging()
+    tape = tape_of(run, "launch", "call")
+    run.cancel[0] = 1
+    for _ in range(2):
+        with pytest.raises(Cancelled):
+            run.replay(tape)
+        assert run.log[-1] == "wait"
+
+
+def test_calls_of_the_host_lie_between_graphs() -> None:
+    run = Logging()
+    tape = tape_of(run, "call", "copy", "launch", "call", "call")
+    assert [(is_call, len(jobs)) for is_call, jobs in between_calls(tape.jobs)] == [(True, 1), (False, 2), (True, 2)]
+    assert [type(job) for job in tape.jobs][:2] == [Call, Copy]

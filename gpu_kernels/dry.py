@@ -1,0 +1,42 @@
+"""DryRun: a run without a card: it takes what is queued, executes nothing, and tells what memory would be taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .device import Limits
+from .stream import Queue, Tape
+
+
+class DryRun(Queue):
+    """kept: bytes that empty() and upload() were asked for. Arrays are address space that is never touched."""
+
+    def __init__(self, limits: Limits):
+        super().__init__(limits)
+        self.kept = 0
+        self._workspace = np.empty(0, np.uint8)
+
+    def replay(self, tape: Tape) -> None:
+        pass
+
+    def workspace(self, nbytes: int) -> np.ndarray:
+        if self._workspace.size < nbytes:
+            self._workspace = np.empty(nbytes, np.uint8)
+        return self._workspace[:nbytes]
+
+    @property
+    def workspace_nbytes(self) -> int:
+        return self._workspace.nbytes
+
+    def empty(self, nbytes: int) -> np.ndarray:
+        self.kept += -(-nbytes // 512) * 512  # as CuPy rounds
+        return np.lib.stride_tricks.as_strided(np.empty(1, np.uint8), (nbytes,), (0,), writeable=False)
+
+    def put(self, to: Any, values: np.ndarray) -> None:
+        pass
+
+    def upload(self, a: np.ndarray) -> np.ndarray:
+        self.kept += -(-a.nbytes // 512) * 512
+        return a
