@@ -3,13 +3,14 @@
     out[t, b, r] (+)= weight[b, r] · x[t, b]          b: head (1 for a plain matrix), r: row, t: token
 
 Weights are quants.Weight, which upload() makes. Up to MAX_DOT_TOKENS tokens, a row has the bits of a row alone: int8
-products, as on the CPU, for four tokens at a time. More tokens are multiplied in bf16 on tensor cores, except by F32
-weights and on Turing, which has no bf16.
+products, as on the CPU, for four tokens at a time. More tokens are multiplied in bf16 on tensor cores, in f16 on Turing,
+which has no bf16; by F32 weights in f32, as few tokens are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from .stream import wide
 THREADS, THREADS_QUANTISE = 128, 256
 TOKENS = (1, 4)  # at a time
 MAX_DOT_TOKENS = 16
-TILE, GEMM_SHARED = 64, 64 << 10  # of gemm.cu: tokens and rows a block, bytes
-QUANTISE = kernel("quantise.cu", "quantise")
+PADDING = 128  # rows of 16-bit activations are filled up to a multiple
+QUANTISE, NARROW = kernel("quantise.cu", "quantise"), kernel("quantise.cu", "narrow")
 
 
 def matvec(type_id: int, n_tok: int) -> Kernel:
@@ -32,13 +33,54 @@ def matvec(type_id: int, n_tok: int) -> Kernel:
     return kernel("matvec.cu", "matvec", {"TYPE_ID": type_id, "TOKENS": TOKENS[n_tok > 1]})
 
 
-def gemm(type_id: int) -> Kernel:
-    """The kernel for many tokens."""
-    return kernel("gemm.cu", "gemm", {"TYPE_ID": type_id})
+@dataclass(frozen=True)
+class Variant:
+    """A shape of gemm.cu: tokens and rows of a block, its warps along both, values of k a stage, stages of x."""
+
+    tokens: int
+    rows: int
+    warps: tuple[int, int]
+    depth: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps[0] * self.warps[1]
+
+    def kernel(self, limits: Limits, type_id: int) -> Kernel:
+        return kernel("gemm.cu", "gemm", {
+            "TYPE_ID": type_id, "F16_PRODUCTS": int(not limits.has_bf16), "TOKENS": self.tokens, "ROWS": self.rows,
+            "WARPS_T": self.warps[0], "WARPS_R": self.warps[1], "DEPTH": self.depth, "STAGES": self.stages,
+        })  # fmt: skip
+
+    def shared_bytes(self, limits: Limits, type_id: int) -> int:
+        """Dynamic shared memory of a block. Weights that are multiplied as they are have as many stages as x."""
+        as_they_are = format_of(type_id).name == ("BF16" if limits.has_bf16 else "F16")
+        w_stages = self.stages if as_they_are else 2
+        return 2 * self.depth * (self.stages * self.tokens + w_stages * self.rows) + 4 * self.tokens
+
+    def blocks(self, n_tok: int, n_rows: int, n_head: int) -> int:
+        return -(-n_tok // self.tokens) * -(-n_rows // self.rows) * n_head
+
+
+VARIANTS = (
+    Variant(128, 128, (2, 2), 64, 3),
+    Variant(64, 128, (2, 2), 64, 3),
+    Variant(64, 64, (2, 2), 128, 2),
+    Variant(32, 64, (2, 2), 128, 2),
+)
 
 
 def takes_gemm(limits: Limits, type_id: int, n_tok: int) -> bool:
-    return n_tok > MAX_DOT_TOKENS and limits.has_bf16 and format_of(type_id).name != "F32"
+    return n_tok > MAX_DOT_TOKENS and format_of(type_id).name != "F32"
+
+
+def choose(limits: Limits, type_id: int, n_tok: int, n_rows: int, n_head: int = 1) -> Variant:
+    """The variant of a product on a card."""
+    fitting = [v for v in VARIANTS if v.shared_bytes(limits, type_id) <= limits.shared_per_block]
+    fitting = [v for v in fitting if v.tokens < 2 * n_tok] or fitting[-1:]
+    enough = (v for v in fitting if v.blocks(n_tok, n_rows, n_head) >= limits.n_sm)
+    return next(enough, fitting[-1])
 
 
 def geometry(type_id: int, n_rows: int, k: int, n_head: int) -> tuple[tuple[int, int], int]:
@@ -81,29 +123,72 @@ def matmul_heads(run: Any, weight: Any, x: np.ndarray, out: np.ndarray) -> None:
 def scratch_bytes(run: Any, weights: Sequence[Weight], shape: tuple[int, ...]) -> int:
     """What queue needs for x of this shape (n_tok, n_head, k)."""
     n_tok, n_head, k = shape
-    few = [w for w in weights if not takes_gemm(run.limits, w.type.id, n_tok)]
-    return quantised_bytes(few, n_tok * n_head, k)
+    few, many = _by_way(run, weights, n_tok)
+    return quantised_bytes(few, n_tok * n_head, k) + narrow_bytes(many, n_tok * n_head, k)
 
 
 def queue(run: Any, weights: Sequence[Weight], x: Any, outs: Sequence[Any], accumulate: bool, scratch: Any) -> None:
     """Products with arguments checked: x (n_tok, n_head, k), outs (n_tok, n_head, m), scratch (scratch_bytes,) u8."""
-    quantise(run, x, scratch)
+    n_tok, n_head, k = x.shape
+    few, _ = _by_way(run, weights, n_tok)
+    nbytes = quantised_bytes(few, n_tok * n_head, k)
+    acts, narrowed = scratch[:nbytes], scratch[nbytes:]
+    quantise(run, x, acts)
+    narrow(run, x, narrowed)
     for w, out in zip(weights, outs):
-        if takes_gemm(run.limits, w.type.id, len(x)):
-            _launch_gemm(run, w, x, out, accumulate)
+        if takes_gemm(run.limits, w.type.id, n_tok):
+            launch_gemm(run, w, narrowed, k, out, accumulate)
         else:
-            launch(run, w, x, scratch, out, accumulate)
+            launch(run, w, x, acts, out, accumulate)
 
 
-def _launch_gemm(run: Any, w: Weight, x: Any, out: Any, accumulate: bool) -> None:
-    (n_tok, n_head, m), k = out.shape, x.shape[2]
+def _by_way(run: Any, weights: Sequence[Weight], n_tok: int) -> tuple[list[Weight], list[Weight]]:
+    ways: tuple[list[Weight], list[Weight]] = ([], [])
+    for w in weights:
+        ways[takes_gemm(run.limits, w.type.id, n_tok)].append(w)
+    return ways
+
+
+def launch_gemm(
+    run: Any, w: Weight, x: Any, k: int, out: Any, accumulate: bool = False, tiles: Any = None, gather: Any = None,
+    per: int = 1, variant: Variant | None = None,
+) -> None:  # fmt: skip
+    """Queue one product: out (n_tok, n_head, m) from rows of k values that narrow left at x.
+
+    With tiles (n, 4) int32, as gemm.cu says, n_head is 1, and the matrices are those of w.
+    """
+    n_tok, n_head, m = out.shape
     f = format_of(w.type.id)
     if w.shape[-2:] != (m, k) or k % f.block:
         raise ValueError(f"a weight of {w.shape} values for rows of {k}")
+    variant = variant or choose(run.limits, f.type_id, n_tok, m, n_head)
+    n_tiles = -(-n_tok // variant.tokens) if tiles is None else len(tiles)
+    pitch = padded(k)
     run.launch(
-        gemm(f.type_id), (n_head * -(-m // TILE), -(-n_tok // TILE)), THREADS, GEMM_SHARED,
-        (w.data, *map(wide, w.planes), x, *steps("x", x, 4), out, *steps("out", out), m, k, n_tok, int(accumulate)),
+        variant.kernel(run.limits, f.type_id), (n_tiles * -(-m // variant.rows) * n_head,), variant.threads,
+        variant.shared_bytes(run.limits, f.type_id),
+        (w.data, *map(wide, w.planes), x, wide(n_head * pitch), wide(pitch), out, *steps("out", out), m, k, n_tok,
+         n_tiles, int(accumulate), tiles, gather, per),
     )  # fmt: skip
+
+
+def padded(k: int) -> int:
+    return -(-k // PADDING) * PADDING
+
+
+def narrow_bytes(weights: Sequence[Weight], n_rows: int, k: int) -> int:
+    """Bytes that activations of so many rows take in 16 bits; 0 without weights."""
+    return 2 * n_rows * padded(k) if weights else 0
+
+
+def narrow(run: Any, x: Any, out: Any) -> None:
+    """Queue: x (n_tok, n_head, k) in 16 bits to out, of narrow_bytes; nothing if these are 0."""
+    n_tok, n_head, k = x.shape
+    if not out.size:
+        return
+    grid = (n_tok * n_head, -(-padded(k) // (8 * THREADS_QUANTISE)))
+    is_f16 = int(not run.limits.has_bf16)
+    run.launch(NARROW, grid, THREADS_QUANTISE, 0, (x, *steps("x", x, 4), n_head, k, out, padded(k), is_f16))
 
 
 def quantised_bytes(weights: Sequence[Weight], n_rows: int, k: int) -> int:

@@ -1,142 +1,203 @@
-// gemm: out[t, h, r] (+)= weight[h, r] . x[t, h] for many tokens, on tensor cores, in bf16 with f32 sums.
+// gemm: out[t, h, r] (+)= weight[h, r] . x[t, h] for many tokens, on tensor cores, with f32 sums.
 //
-//   grid (heads * ceil(rows / 64), ceil(tokens / 64)), 128 threads, 64 KB of dynamic shared memory
+//   grid (token tiles * ceil(rows / ROWS) * heads), token tiles first so that a weight's readers run together;
+//   32 * WARPS_T * WARPS_R threads; dynamic shared memory: STAGES tiles of x, two of weights (STAGES if they are copied
+//   as they are), TOKENS * 4 bytes
 //
-// A block makes 64 tokens x 64 rows, 256 values of k at a time: weights are decoded and activations rounded into two tiles
-// of bf16, 16-byte chunk c of row i at c ^ (i & 7); a warp multiplies 32 tokens and 32 rows. What is beyond k, the last
-// row or the last token is zeros.
+// A block makes TOKENS x ROWS, DEPTH values of k a stage. x is 16 bits wide (quantise.cu: narrow), its rows filled up with
+// zeros to a multiple of 128, and comes by cp.async, STAGES - 1 stages ahead. Weights of the next stage are loaded to
+// registers before this stage is multiplied, and written as 16-bit values between its last products: a thread's share
+// is a unit, 64 values of a row. One barrier a stage.
 //
-// Defines: TYPE_ID (see blocks.cuh; 0 F32, 1 F16, 30 BF16)
+// A tile is of units: 64 values of each row, 128 bytes, 16-byte chunk c of row r at c ^ (r & 7). The values of a unit
+// are those of one step of blocks.cuh, or of two; where a step is not contiguous, x is fetched in its order.
+// Beyond the last row, the last token or k, a valid place is read again: its products meet zeros or are not stored.
+//
+// With tiles (int4: matrix, first and last position, 0), a token tile takes its matrix and its positions from there; an
+// empty one ends at once. The x of position p is then row gather[p] / per (null: p), and out's row is p.
+//
+// Defines: TYPE_ID (see blocks.cuh; 1 F16, 30 BF16) F16_PRODUCTS (0: bf16) TOKENS ROWS WARPS_T WARPS_R DEPTH STAGES
 #include "prims.cuh"
 #include "blocks.cuh"
 
-constexpr int THREADS = 128, TILE = 64, DEPTH = 256, CHUNKS = DEPTH / 8;
-constexpr bool IS_FLOAT = TYPE_ID == 0 || TYPE_ID == 1 || TYPE_ID == 30;
-
-DEVICE int chunk_at(int row, int c) { return row * CHUNKS + (c ^ (row & 7)); }
-
-// 256 values of 64 weight rows from `row0` and column k0 on
-DEVICE void load_weights(uint4* s_w, const u8* w, const Planes& planes, i64 first, int row0, int n_rows, int k0, int k) {
-#if TYPE_ID == 0 || TYPE_ID == 1 || TYPE_ID == 30
-  for (int e = threadIdx.x; e < TILE * CHUNKS; e += THREADS) {
-    const int r = e / CHUNKS, c = e % CHUNKS, row = row0 + r, col = k0 + 8 * c;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < n_rows && col < k) {
-      const i64 at = (first + row) * k + col;
-#if TYPE_ID == 0
-      const float4 a = __ldg((const float4*)w + at / 4), b = __ldg((const float4*)w + at / 4 + 1);
-      v = make_uint4(pack2<BF16>(a.x, a.y), pack2<BF16>(a.z, a.w), pack2<BF16>(b.x, b.y), pack2<BF16>(b.z, b.w));
+#if F16_PRODUCTS
+typedef F16 T;
 #else
-      v = __ldg((const uint4*)w + at / 8);
-#if TYPE_ID == 1
-      auto two = [](u32 x) { return pack2<BF16>(f16_to_f32((u16)x), f16_to_f32((u16)(x >> 16))); };
-      v = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
+typedef BF16 T;
 #endif
-#endif
-    }
-    s_w[chunk_at(r, c)] = v;
-  }
-#else
-  constexpr int PER_ROW = DEPTH / (32 * GROUPS);  // steps
-  const int n_blocks = k / BLOCK;
-  for (int e = threadIdx.x; e < TILE * PER_ROW; e += THREADS) {
-    const int r = e / PER_ROW, block_in = e % PER_ROW / STEPS, step = e % STEPS, row = row0 + r;
-    const int block = k0 / BLOCK + block_in;
-    Codes c;
-    const bool ok = row < n_rows && block < n_blocks;
-    if (ok) decode_step(c, planes, (first + row) * n_blocks + block, step);
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
-      const int chunk = (block_in * BLOCK + 32 * group_at(step, g)) / 8;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        u32 p[4] = {0, 0, 0, 0};
-        if (ok) {
-          const float s = c.s[g][i / 2], m = c.m[g];
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const int four = c.v[g][2 * i + j / 2] >> 16 * (j % 2);
-            p[j] = pack2<BF16>(s * (float)(signed char)four - m, s * (float)(signed char)(four >> 8) - m);
-          }
-        }
-        s_w[chunk_at(r, chunk + i)] = make_uint4(p[0], p[1], p[2], p[3]);
-      }
-    }
-  }
-#endif
+constexpr bool IS_FLOAT = TYPE_ID == 1 || TYPE_ID == 30, COPIED = TYPE_ID == (F16_PRODUCTS ? 1 : 30);
+constexpr int THREADS = 32 * WARPS_T * WARPS_R, UNITS = DEPTH / 64;
+constexpr int W_STAGES = COPIED ? STAGES : 2, X_CHUNKS = TOKENS * DEPTH / 8, W_CHUNKS = ROWS * DEPTH / 8;
+constexpr int M = TOKENS / WARPS_T / 16, N = ROWS / WARPS_R / 16, K = DEPTH / 16;  // a warp's products: 16 each way
+static_assert(ROWS * UNITS == THREADS, "a thread has one unit");
+
+// where group g (of 32 values) of a unit begins in its row
+DEVICE int column(int unit, int g) {
+  if (IS_FLOAT) return 64 * unit + 32 * g;
+  const int step = unit * (2 / GROUPS) + g / GROUPS;
+  return step / STEPS * BLOCK + 32 * group_at(step % STEPS, g % GROUPS);
 }
+DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 
-KERNEL(THREADS, 2, gemm)(
-    const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const float* __restrict__ x, i64 x_tok, i64 x_head,
-    float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok, int accumulate) {
+// A thread's share of a stage of weights.
+#if TYPE_ID == 1 || TYPE_ID == 30
+struct Share { uint4 v[8]; };  // 16-byte chunk tid % 8 of eight rows: neighbours read one row
+
+DEVICE void fetch(Share& s, const u8* w, const Planes&, i64 first, int row0, int n_rows, int k, int stage) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int e = threadIdx.x / 8 + i * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
+    const int col = min(64 * (stage * UNITS + e / ROWS) + 8 * (int)(threadIdx.x % 8), k - 8);
+    s.v[i] = __ldg((const uint4*)((const u16*)w + (first + row) * k + col));
+  }
+}
+DEVICE void put(uint4* s_w, const Share& s, int i) {
+  auto two = [](u32 x) {
+    return TYPE_ID == 1 ? pack2<T>(f16_to_f32((u16)x), f16_to_f32((u16)(x >> 16)))
+                        : pack2<T>(bf16_to_f32((u16)x), bf16_to_f32((u16)(x >> 16)));
+  };
+  const uint4 v = s.v[i];
+  s_w[chunk_at(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8)] = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
+}
+#else
+struct Share { Codes c[2 / GROUPS]; };  // unit tid / ROWS of row tid % ROWS: neighbours write to different banks
+
+DEVICE void fetch(Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage) {
+  const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
+  const int n_blocks = k / BLOCK;
+#pragma unroll
+  for (int i = 0; i < 2 / GROUPS; i++) {
+    const int step = unit * (2 / GROUPS) + i;
+    decode_step(s.c[i], planes, (first + row) * n_blocks + min(step / STEPS, n_blocks - 1), step % STEPS);
+  }
+}
+DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
+  const int of_step = i / 4 % GROUPS;
+  const Codes& c = s.c[i / 4 / GROUPS];
+  const float scale = c.s[of_step][i % 4 / 2], minimum = c.m[of_step];
+  u32 p[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const u32 four = (u32)c.v[of_step][i % 4 * 2 + j / 2] ^ 0x80808080u;
+    const int at = j % 2 * 2;
+    p[j] = pack2<T>(scale * byte_to_f32(four, at) - minimum, scale * byte_to_f32(four, at + 1) - minimum);
+  }
+  s_w[chunk_at(threadIdx.x, i)] = make_uint4(p[0], p[1], p[2], p[3]);
+}
+#endif
+
+KERNEL(THREADS, 256 / THREADS, gemm)(
+    const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u16* __restrict__ x, i64 x_tok, i64 x_head,
+    float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok, int n_tiles, int accumulate,
+    const int4* __restrict__ tiles, const int* __restrict__ gather, int per) {
   DYN_SMEM(smem);
   uint4* s_x = smem;
-  uint4* s_w = smem + TILE * CHUNKS;
+  uint4* s_w = smem + STAGES * X_CHUNKS;
+  int* s_from = (int*)(s_w + W_STAGES * W_CHUNKS);  // rows of x
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const int tiles = (n_rows + TILE - 1) / TILE, head = blockIdx.x / tiles;
-  const int row0 = blockIdx.x % tiles * TILE, tok0 = blockIdx.y * TILE;
-  const Planes planes = {w, w + at_b, w + at_c, w + at_d};
-  const int wt = warp % 2 * 32, wr = warp / 2 * 32;  // this warp's tokens and rows
+  const int rest = blockIdx.x / n_tiles, tile = blockIdx.x % n_tiles, row_tiles = (n_rows + ROWS - 1) / ROWS;
+  const int head = rest / row_tiles, row0 = rest % row_tiles * ROWS;
+  int matrix = head, first = tile * TOKENS, last = min(first + TOKENS, n_tok);
+  if (tiles) {
+    const int4 t = __ldg(tiles + tile);
+    matrix = t.x;
+    first = t.y;
+    last = t.z;
+    if (first >= last) return;
+  }
+  for (int i = tid; i < TOKENS; i += THREADS) {
+    const int p = min(first + i, last - 1);
+    s_from[i] = gather ? __ldg(gather + p) / per : p;
+  }
+  __syncthreads();
   x += head * x_head;
   out += head * out_head;
-  saddr x_at[2][2], w_at[2];  // by half of 64 values, and of these the 16
+  const Planes planes = {w, w + at_b, w + at_c, w + at_d};
+  const i64 first_row = (i64)matrix * n_rows;
+  const int n_stages = (k + DEPTH - 1) / DEPTH;
+
+  auto copy = [&](int stage) {
+    const int slot = stage % STAGES;
 #pragma unroll
-  for (int u = 0; u < 2; u++) {
-    for (int v = 0; v < 2; v++) x_at[u][v] = smem_addr(s_x + chunk_at(wt + (lane & 15), 4 * u + 2 * v + (lane >> 4)));
-    w_at[u] = smem_addr(s_w + chunk_at(wr + (lane & 7), 4 * u + (lane >> 3)));
+    for (int i = 0; i < X_CHUNKS / THREADS; i++) {
+      const int e = tid + i * THREADS, c = e % 8, r = e / 8;  // chunk and row, unit after unit
+      const int col = column(stage * UNITS + r / TOKENS, c / 4) + c % 4 * 8;
+      cp_async16(smem_addr(s_x + slot * X_CHUNKS + chunk_at(r, c)), x + s_from[r % TOKENS] * x_tok + col, true);
+    }
+    if (COPIED) {
+#pragma unroll
+      for (int i = 0; i < W_CHUNKS / THREADS; i++) {
+        const int e = tid + i * THREADS, c = e % 8, r = e / 8, row = min(row0 + r % ROWS, n_rows - 1);
+        const int col = min(64 * (stage * UNITS + r / ROWS) + 8 * c, k - 8);
+        cp_async16(smem_addr(s_w + slot * W_CHUNKS + chunk_at(r, c)), (const u16*)w + (first_row + row) * k + col, true);
+      }
+    }
+  };
+  const int wt = warp % WARPS_T * (16 * M), wr = warp / WARPS_T * (16 * N);  // this warp's tokens and rows
+  const saddr x_at = smem_addr(s_x + 8 * (wt + (lane & 15)));
+  const saddr w_at = smem_addr(s_w + 8 * (wr + (lane & 7) + 8 * (lane >> 4)));
+  int x_in[4], w_in[4];  // where a lane's chunk is in its row, by 16 values of a unit
+#pragma unroll
+  for (int q = 0; q < 4; q++) {
+    x_in[q] = 16 * ((2 * q + (lane >> 4)) ^ (lane & 7));
+    w_in[q] = 16 * ((2 * q + (lane >> 3 & 1)) ^ (lane & 7));
   }
-  float acc[2][4][4];
+  float acc[M][2 * N][4];
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < M; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 2 * N; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][j][e] = 0.f;
 
-  for (int k0 = 0; k0 < k; k0 += DEPTH) {
-    for (int e = tid; e < TILE * CHUNKS; e += THREADS) {
-      const int r = e / CHUNKS, c = e % CHUNKS, tok = tok0 + r, col = k0 + 8 * c;
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (tok < n_tok && col < k) {
-        const float4* from = (const float4*)(x + tok * x_tok + col);
-        const float4 a = __ldg(from), b = __ldg(from + 1);
-        v = make_uint4(pack2<BF16>(a.x, a.y), pack2<BF16>(a.z, a.w), pack2<BF16>(b.x, b.y), pack2<BF16>(b.z, b.w));
-      }
-      s_x[chunk_at(r, c)] = v;
-    }
-    load_weights(s_w, w, planes, (i64)head * n_rows, row0, n_rows, k0, k);
-    __syncthreads();
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (s < n_stages) copy(s);
+    cp_async_commit();
+  }
+  Share share;
+  if (!COPIED) {
+    fetch(share, w, planes, first_row, row0, n_rows, k, 0);
 #pragma unroll
-    for (int g = 0; g < DEPTH / 64; g++)
+    for (int i = 0; i < 8; i++) put(s_w, share, i);
+  }
+  for (int s = 0; s < n_stages; s++) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();  // stage s is there, and stage s - 1 has been read
+    if (s + STAGES - 1 < n_stages) copy(s + STAGES - 1);
+    cp_async_commit();
+    if (!COPIED) fetch(share, w, planes, first_row, row0, n_rows, k, s + 1);  // beyond the end: the last, for no one
+    const saddr x_s = x_at + s % STAGES * (X_CHUNKS * 16), w_s = w_at + s % W_STAGES * (W_CHUNKS * 16);
+    uint4* next = s_w + (s + 1) % W_STAGES * W_CHUNKS;
 #pragma unroll
-      for (int u = 0; u < 2; u++) {
-        u32 a[2][2][4];
+    for (int q = 0; q < K; q++) {
+      u32 a[M][4];
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+      for (int i = 0; i < M; i++) ldsm_x4(a[i], x_s + x_in[q % 4] + (q / 4 * TOKENS + 16 * i) * 128);
 #pragma unroll
-          for (int v = 0; v < 2; v++) ldsm_x4(a[i][v], x_at[u][v] + g * 128 + i * (16 * CHUNKS * 16));
+      for (int j = 0; j < N; j++) {
+        u32 b[4];
+        ldsm_x4(b, w_s + w_in[q % 4] + (q / 4 * ROWS + 16 * j) * 128);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          u32 b[4];
-          ldsm_x4(b, w_at[u] + g * 128 + j * (8 * CHUNKS * 16));
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            mma16816<BF16>(acc[i][j], a[i][0], b[0], b[1]);
-            mma16816<BF16>(acc[i][j], a[i][1], b[2], b[3]);
-          }
+        for (int i = 0; i < M; i++) {
+          mma16816<T>(acc[i][2 * j], a[i], b[0], b[1]);
+          mma16816<T>(acc[i][2 * j + 1], a[i], b[2], b[3]);
         }
       }
-    __syncthreads();
+      if (!COPIED && q >= K / 2) {
+#pragma unroll
+        for (int i = 0; i < 16 / K; i++) put(next, share, (q - K / 2) * (16 / K) + i);
+      }
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < M; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 2 * N; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int tok = tok0 + wt + 16 * i + (lane >> 2) + 8 * (e >> 1), row = row0 + wr + 8 * j + 2 * (lane & 3) + (e & 1);
-        if (tok < n_tok && row < n_rows) {
-          float* to = out + tok * out_tok + row;
+        const int p = first + wt + 16 * i + (lane >> 2) + 8 * (e >> 1), row = row0 + wr + 8 * j + 2 * (lane & 3) + (e & 1);
+        if (p < last && row < n_rows) {
+          float* to = out + p * out_tok + row;
           *to = accumulate ? *to + acc[i][j][e] : acc[i][j][e];
         }
       }

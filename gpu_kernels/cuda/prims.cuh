@@ -104,6 +104,12 @@ DEVICE u32 bytes_to_f16x2(u32 four, bool upper) {
   asm("sub.f16x2 %0, %0, %1;" : "+r"(r) : "r"(0x64806480u));
   return r;
 }
+// byte j of four minus 128, exact: 2^23 + byte is a float whose lowest bits are the byte
+DEVICE float byte_to_f32(u32 four, int j) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(four), "r"(0x4b000000u), "r"(0x7540u | j));
+  return __int_as_float(r) - 8388736.f;
+}
 DEVICE u32 mul_f16x2(u32 a, u32 b) {
   u32 r;
   asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

@@ -1,9 +1,12 @@
-// Activations in int8: of every 32 values, scale = max |x| / 127 and q = round(x / scale).
+// Activations as products take them: in int8 for a few tokens, in 16 bits for many.
 //
-//   grid (ceil(k / 256), rows), 256 threads; a warp takes 32 values
-//   q (rows, k) int8; scales (rows, k / 32) of (scale, scale * sum of q)
+//   quantise  grid (ceil(k / 256), rows), 256 threads; a warp takes 32 values, scale = max |x| / 127, q = round(x / scale)
+//             q (rows, k) int8; scales (rows, k / 32) of (scale, scale * sum of q)
+//   narrow    grid (rows, ceil(k_out / 2048)), 256 threads; a thread takes 8 values
+//             out (rows, k_out) bf16, or f16 up to its largest value; zeros from k on
 #include "prims.cuh"
 #include "reduce.cuh"
+#include "narrow.cuh"
 
 KERNEL(256, 1, quantise)(
     const float* __restrict__ x, i64 x_tok, i64 x_head, int n_head, int k, signed char* __restrict__ q,
@@ -16,4 +19,13 @@ KERNEL(256, 1, quantise)(
   const float sum = warp_sum(code), scale = top > 1e-30f ? top / 127.f : 0.f;
   q[(i64)blockIdx.y * k + i] = (signed char)(int)code;
   if (i % 32 == 0) scales[((i64)blockIdx.y * k + i) / 32] = make_float2(scale, scale * sum);
+}
+
+KERNEL(256, 1, narrow)(
+    const float* __restrict__ x, i64 x_tok, i64 x_head, int n_head, int k, u16* __restrict__ out, int k_out, int is_f16) {
+  const int i = (blockIdx.y * 256 + threadIdx.x) * 8;
+  if (i >= k_out) return;
+  const float4* from = (const float4*)(x + blockIdx.x / n_head * x_tok + blockIdx.x % n_head * x_head + i);
+  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), a = i < k ? from[0] : zero, b = i < k ? from[1] : zero;
+  *(uint4*)(out + (i64)blockIdx.x * k_out + i) = narrow_8(a, b, is_f16);
 }

@@ -25,6 +25,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
+using std::min;
 #define KERNEL(threads, blocks_per_sm, name) static void name
 #define DEVICE static inline
 #define __shared__ static thread_local
@@ -242,6 +243,7 @@ inline u32 bytes_to_f16x2(u32 four, bool upper) {
   u32 two = upper ? four >> 16 : four;
   return pack2<F16>((float)(int)(two & 255) - 128.f, (float)(int)(two >> 8 & 255) - 128.f);
 }
+inline float byte_to_f32(u32 four, int j) { return (float)(int)(four >> 8 * j & 255) - 128.f; }
 inline u32 mul_f16x2(u32 a, u32 b) {
   return pack2<F16>(f16_to_f32(a) * f16_to_f32(b), f16_to_f32(a >> 16) * f16_to_f32(b >> 16));
 }

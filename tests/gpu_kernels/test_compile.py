@@ -46,13 +46,15 @@ def decodes(card: Limits, layouts: list[tuple[int, int]], types: list[str], lane
 
 
 def others(card: Limits, layouts: list[tuple[int, int]]) -> Iterator[Case]:
-    units = [SWIGLU, ROUTE, ADD_SLOTS, COPY_ROPE, matmul.QUANTISE]
+    units = [SWIGLU, ROUTE, ADD_SLOTS, COPY_ROPE, matmul.QUANTISE, matmul.NARROW]
     units += [matmul.matvec(f, n) for f in FORMATS for n in (1, 4)]
     units += [kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS]
     units += [row_kernels(t, *layout)["k_store"] for layout in layouts for t in TYPES_K]
     yield from ((unit, card.sm, 0) for unit in units)
-    if card.has_bf16:
-        yield from ((matmul.gemm(f), card.sm, matmul.GEMM_SHARED) for f in FORMATS if f)
+    for f in FORMATS:
+        for v in matmul.VARIANTS if f else ():
+            if v.shared_bytes(card, f) <= card.shared_per_block:
+                yield v.kernel(card, f), card.sm, v.shared_bytes(card, f)
 
 
 QUICK = [

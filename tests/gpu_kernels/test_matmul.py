@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from shim import ShimRun, instances
-from weights import F32, Q4_K, Q8_0, rows, weight
+from weights import BF16, F32, Q4_K, Q8_0, rows, weight
 
 from gpu_kernels import embed_rows, matmul, matmul_heads, upload
 from gpu_kernels._compile import kernel
@@ -23,7 +23,8 @@ ALL = [pytest.param(f.type_id, id=f.name) for f in FORMATS.values()]
 NMSE_INT8, NMSE_BF16, NMSE_F32 = 1.5e-4, 2.5e-5, 1e-12
 
 instances(module.matvec(f, n) for f in FORMATS for n in (1, 4))
-instances(module.gemm(f) for f in FORMATS if f)
+instances(v.kernel(CARDS[90], f) for v in module.VARIANTS for f in FORMATS if f)
+instances(v.kernel(CARDS[75], Q8_0) for v in module.VARIANTS[1:3])
 instances(kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS)
 
 
@@ -31,6 +32,16 @@ def nmse(type_id: int, n_tok: int = 1) -> float:
     if module.takes_gemm(CARDS[90], type_id, n_tok):
         return NMSE_BF16
     return NMSE_F32 if FORMATS[type_id].is_float else NMSE_INT8
+
+
+def multiplied(w: Any, x: np.ndarray, variant: Any, order: int, limits: Any = CARDS[90]) -> np.ndarray:
+    """matmul by one shape of gemm.cu."""
+    out, run = np.full((len(x), 1, w.shape[0]), np.nan, np.float32), ShimRun(order, limits)
+    uploaded, x = upload(run, w), x[:, None]
+    narrowed = run.workspace(module.narrow_bytes([uploaded], len(x), x.shape[2]))
+    module.narrow(run, x, narrowed)
+    module.launch_gemm(run, uploaded, narrowed, x.shape[2], out, variant=variant)
+    return out[:, 0]
 
 
 def product(w: Any, x: np.ndarray, order: int = 0) -> np.ndarray:
@@ -54,11 +65,31 @@ def test_odd_sizes(type_id: int, k: int, n_tok: int) -> None:
     assert_close(product(w, x), x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=nmse(type_id, n_tok))
 
 
-def test_turing_multiplies_many_tokens_as_it_does_few() -> None:
-    w, x, run = weight(Q8_0, 9, 64), rows(20, 64), ShimRun(0, CARDS[75])
+@pytest.mark.parametrize("order", [1, 2, -1])
+@pytest.mark.parametrize("type_id", [BF16, Q4_K])
+@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}")
+def test_every_shape_of_block_in_several_orders_of_threads(variant: Any, type_id: int, order: int) -> None:
+    n_rows, n_tok, k = variant.rows + 7, variant.tokens + 3, 768
+    w, x = weight(type_id, n_rows, k), rows(n_tok, k)
+    found = multiplied(w, x, variant, order)
+    assert_close(found, x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=NMSE_BF16)
+
+
+@pytest.mark.parametrize("type_id", [t for t in ALL if t.id not in ("F32", "BF16", "Q4_K")])
+@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}")
+def test_every_shape_of_block_multiplies_every_type(variant: Any, type_id: int) -> None:
+    w, x = weight(type_id, 40, 512), rows(18, 512)
+    found = multiplied(w, x, variant, -1)
+    assert_close(found, x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=NMSE_BF16)
+
+
+def test_turing_multiplies_many_tokens_in_f16() -> None:
+    w, x, run = weight(Q8_0, 9, 96), rows(20, 96), ShimRun(0, CARDS[75])
+    x[3, :2] = 1e9, -1e9
     out = np.full((20, 9), np.nan, np.float32)
     matmul(run, upload(run, w), x, out)
-    assert_close(out, x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=NMSE_INT8)
+    x[3, :2] = 65504, -65504
+    assert_close(out, x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=1e-6)
 
 
 @pytest.mark.parametrize("type_id", ALL)
