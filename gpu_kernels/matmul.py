@@ -3,8 +3,8 @@
     out[t, b, r] (+)= weight[b, r] · x[t, b]          b: head (1 for a plain matrix), r: row, t: token
 
 Weights are quants.Weight, which upload() makes. Up to MAX_DOT_TOKENS tokens, a row has the bits of a row alone: int8
-products, as on the CPU, for four tokens at a time. More tokens are multiplied in bf16 on tensor cores, in f16 on Turing,
-which has no bf16; by F32 weights in f32, as few tokens are.
+products, as on the CPU, for four tokens at a time. More tokens are multiplied in bf16 on tensor cores (in f16 on Turing,
+which has no bf16), and by F32 weights in f32 as few tokens are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .stream import wide
 THREADS, THREADS_QUANTISE = 128, 256
 TOKENS = (1, 4)  # at a time
 MAX_DOT_TOKENS = 16
+RESERVED = 1024  # shared memory of a block that the driver takes
 PADDING = 128  # rows of 16-bit activations are filled up to a multiple
 QUANTISE, NARROW = kernel("quantise.cu", "quantise"), kernel("quantise.cu", "narrow")
 
@@ -35,13 +36,19 @@ def matvec(type_id: int, n_tok: int) -> Kernel:
 
 @dataclass(frozen=True)
 class Variant:
-    """A shape of gemm.cu: tokens and rows of a block, its warps along both, values of k a stage, stages of x."""
+    """A shape of gemm.cu: tokens and rows of a block, its warps along both, values of k a stage, stages of x.
+
+    It pays for `fill` blocks a multiprocessor and more, where so many as `resident` fit on one.
+    """
 
     tokens: int
     rows: int
     warps: tuple[int, int]
     depth: int
     stages: int
+    fill: float
+    resident: int = 1
+    floats_only: bool = False
 
     @property
     def threads(self) -> int:
@@ -59,15 +66,24 @@ class Variant:
         w_stages = self.stages if as_they_are else 2
         return 2 * self.depth * (self.stages * self.tokens + w_stages * self.rows) + 4 * self.tokens
 
+    def fits(self, limits: Limits, type_id: int) -> bool:
+        nbytes = self.shared_bytes(limits, type_id)
+        per_sm = limits.shared_per_sm // (nbytes + RESERVED)
+        right = format_of(type_id).is_float or not self.floats_only
+        return right and nbytes <= limits.shared_per_block and per_sm >= self.resident
+
     def blocks(self, n_tok: int, n_rows: int, n_head: int) -> int:
         return -(-n_tok // self.tokens) * -(-n_rows // self.rows) * n_head
 
 
 VARIANTS = (
-    Variant(128, 128, (2, 2), 64, 3),
-    Variant(64, 128, (2, 2), 64, 3),
-    Variant(64, 64, (2, 2), 128, 2),
-    Variant(32, 64, (2, 2), 128, 2),
+    Variant(128, 256, (2, 4), 64, 3, 0.9, floats_only=True),
+    Variant(128, 128, (2, 2), 64, 4, 1.5, resident=2),
+    Variant(128, 128, (2, 2), 64, 3, 1.5),
+    Variant(64, 64, (2, 2), 128, 3, 0.9, resident=2),
+    Variant(64, 64, (2, 2), 128, 2, 0.9),
+    Variant(64, 128, (2, 2), 64, 2, 0.9),  # Turing's
+    Variant(32, 32, (2, 1), 128, 3, 0.0),
 )
 
 
@@ -76,11 +92,11 @@ def takes_gemm(limits: Limits, type_id: int, n_tok: int) -> bool:
 
 
 def choose(limits: Limits, type_id: int, n_tok: int, n_rows: int, n_head: int = 1) -> Variant:
-    """The variant of a product on a card."""
-    fitting = [v for v in VARIANTS if v.shared_bytes(limits, type_id) <= limits.shared_per_block]
-    fitting = [v for v in fitting if v.tokens < 2 * n_tok] or fitting[-1:]
-    enough = (v for v in fitting if v.blocks(n_tok, n_rows, n_head) >= limits.n_sm)
-    return next(enough, fitting[-1])
+    """The first variant that fits and pays; the last does always."""
+    return next(
+        v for v in VARIANTS
+        if v.fits(limits, type_id) and v.blocks(n_tok, n_rows, n_head) >= v.fill * limits.n_sm
+    )  # fmt: skip
 
 
 def geometry(type_id: int, n_rows: int, k: int, n_head: int) -> tuple[tuple[int, int], int]:

@@ -2,23 +2,45 @@
 
     out[t] += sum over its slots s of weight[t, s] · down_e(silu(gate_e x) · (up_e x)),  e = ids[t, s]
 
-A slot is a pair (token, choice). Each is a row of the grid of matvec.cu, and finds its weights by the expert's id,
-which is read when the kernel runs; slots are summed in the order of choice. Two tokens of one expert read its weights
-twice: for a prompt that is slow, and a product on tensor cores over slots sorted by expert is to come.
+A slot is a pair (token, choice); a token's slots are summed in the order of choice. Ids stay on the device: launches go
+by shapes alone, so a captured graph serves every choice.
+
+Up to MAX_DOT_TOKENS tokens, each slot is a row of the grid of matvec.cu and finds its weights by the expert's id: a
+slot has the bits it has alone. More tokens are sorted by expert (experts.cu), and gemm.cu multiplies each expert's
+slots, some a tile; there are as many tiles as any choice may need, and an empty one ends at once. By F32 weights every
+number of tokens goes the first way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ._compile import kernel
 from .check import array, rows_f32, steps
+from .device import Limits
 from .ffn import swiglu
-from .matmul import launch, quantise, quantised_bytes
+from .matmul import (
+    VARIANTS,
+    Variant,
+    launch,
+    launch_gemm,
+    narrow,
+    narrow_bytes,
+    padded,
+    quantise,
+    quantised_bytes,
+    takes_gemm,
+)
+from .quants import Weight
 
-ADD_SLOTS = kernel("experts.cu", "add_slots")
+SORT_SLOTS, NARROW_SWIGLU, ADD_SLOTS = (
+    kernel("experts.cu", name) for name in ("sort_slots", "narrow_swiglu", "add_slots")
+)
+THREADS_SORT, SHARED_SORT = 512, 128
+THREADS, VALUES = 256, 8  # of narrow_swiglu: values of a thread
 
 
 def experts(
@@ -40,19 +62,23 @@ def experts(
     if n_embd % 32 or n_ff % 32:
         raise ValueError(f"experts of {n_embd} and {n_ff} values; expected multiples of 32")
     assert ids.flags.c_contiguous and weights.flags.c_contiguous
+    many = all(takes_gemm(run.limits, w.type.id, n_tok) for w in (gate, up, down))
+    slots, place = (_by_tile if many else _by_slot)(run, x, ids, gate, up, down)
+    args = (slots, place, weights, n_used, out, *steps("out", out), n_embd)
+    run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
+
+
+def _by_slot(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight) -> tuple[Any, None]:
+    """Queue: each slot's output (n_slots, n_embd) f32, in the order of slots."""
+    (n_tok, n_embd), n_used, n_ff = x.shape, ids.shape[1], gate.shape[1]
     n_slots = n_tok * n_used
-    sizes = [
-        4 * n_slots * n_ff, 4 * n_slots * n_ff, 4 * n_slots * n_embd,
-        quantised_bytes([gate, up], n_tok, n_embd), quantised_bytes([down], n_slots, n_ff),
-    ]  # fmt: skip
-    ends = np.cumsum([-(-n // 256) * 256 for n in sizes])
-    memory = run.workspace(int(ends[-1]))
-    gated, upped, downed, acts, acts_down = (
-        memory[int(end) - -(-n // 256) * 256 :][:n] for n, end in zip(sizes, ends, strict=True)
-    )
+    gated, upped, downed, acts, acts_down = _workspace(
+        run,
+        [4 * n_slots * n_ff, 4 * n_slots * n_ff, 4 * n_slots * n_embd,
+         quantised_bytes([gate, up], n_tok, n_embd), quantised_bytes([down], n_slots, n_ff)],
+    )  # fmt: skip
     gated, upped = (v.view(np.float32).reshape(1, n_slots, n_ff) for v in (gated, upped))
     downed = downed.view(np.float32).reshape(1, n_slots, n_embd)
-
     of_tokens = x[None]  # (1, n_tok, n_embd): a token's x serves its n_used slots
     quantise(run, of_tokens, acts)
     launch(run, gate, of_tokens, acts, gated, ids=ids, slots_per_x=n_used)
@@ -60,5 +86,50 @@ def experts(
     swiglu(run, gated[0], upped[0], gated[0])
     quantise(run, gated, acts_down)
     launch(run, down, gated, acts_down, downed, ids=ids)
-    args = (downed, weights, n_used, out, *steps("out", out), n_embd)
-    run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
+    return downed, None
+
+
+def _by_tile(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight) -> tuple[Any, Any]:
+    """Queue: each slot's output (n_slots, n_embd) f32, sorted by expert, and the place of each slot there."""
+    (n_tok, n_embd), n_used, (n_expert, n_ff, _) = x.shape, ids.shape[1], gate.shape
+    n_slots = n_tok * n_used
+    variants = choose(run.limits, [w.type.id for w in (gate, up, down)], n_slots / n_expert)
+    n_tiles = n_slots // variants[0].tokens + n_expert
+    outputs, narrowed, inner, order, place, tiles = _workspace(
+        run,
+        [4 * n_slots * max(2 * n_ff, n_embd), narrow_bytes([gate], n_tok, n_embd), narrow_bytes([down], n_slots, n_ff),
+         4 * n_slots, 4 * n_slots, 16 * n_tiles],
+    )  # fmt: skip
+    outputs, tiles = outputs.view(np.float32), tiles.view(np.int32).reshape(n_tiles, 4)
+    gated, upped = outputs[: 2 * n_slots * n_ff].reshape(2, n_slots, 1, n_ff)
+    downed = outputs[: n_slots * n_embd].reshape(n_slots, 1, n_embd)  # once gated and upped have been read
+    run.launch(
+        SORT_SLOTS, (n_expert,), THREADS_SORT, SHARED_SORT, (ids, n_slots, variants[0].tokens, order, place, tiles)
+    )
+    narrow(run, x[:, None], narrowed)
+    for w, to, variant in ((gate, gated, variants[0]), (up, upped, variants[1])):
+        launch_gemm(run, w, narrowed, n_embd, to, tiles=tiles, gather=order, per=n_used, variant=variant)
+    grid = (n_slots, -(-padded(n_ff) // (THREADS * VALUES)))
+    args = (gated, upped, n_ff, inner, padded(n_ff), int(not run.limits.has_bf16))
+    run.launch(NARROW_SWIGLU, grid, THREADS, 0, args)
+    launch_gemm(run, down, inner, n_ff, downed, tiles=tiles, variant=variants[2])
+    return downed, place
+
+
+def choose(limits: Limits, type_ids: Sequence[int], slots_an_expert: float) -> list[Variant]:
+    """A variant for each matrix, all of as many tokens a tile, which an expert's slots fill to two thirds at least."""
+    found: list[Variant] = []
+    for tokens in (128, 64, 32):
+        options = [v for v in VARIANTS if v.tokens == tokens and not v.floats_only]
+        of_types = [[v for v in options if v.fits(limits, t)] for t in type_ids]
+        if all(of_types) and (slots_an_expert * 3 >= tokens * 2 or tokens == 32):
+            found = [some[0] for some in of_types]
+            break
+    return found
+
+
+def _workspace(run: Any, sizes: Sequence[int]) -> list[Any]:
+    """Arrays of so many bytes, each aligned to 256."""
+    ends = np.cumsum([-(-n // 256) * 256 for n in sizes])
+    memory = run.workspace(int(ends[-1]))
+    return [memory[int(end) - -(-n // 256) * 256 :][:n] for n, end in zip(sizes, ends, strict=True)]

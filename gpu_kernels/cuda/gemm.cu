@@ -11,7 +11,7 @@
 //
 // A tile is of units: 64 values of each row, 128 bytes, 16-byte chunk c of row r at c ^ (r & 7). The values of a unit
 // are those of one step of blocks.cuh, or of two; where a step is not contiguous, x is fetched in its order.
-// Beyond the last row, the last token or k, a valid place is read again: its products meet zeros or are not stored.
+// Tokens beyond the last are zeros. Beyond the last row or k, a valid place is read again: it meets zeros or is not stored.
 //
 // With tiles (int4: matrix, first and last position, 0), a token tile takes its matrix and its positions from there; an
 // empty one ends at once. The x of position p is then row gather[p] / per (null: p), and out's row is p.
@@ -41,12 +41,13 @@ DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 
 // A thread's share of a stage of weights.
 #if TYPE_ID == 1 || TYPE_ID == 30
-struct Share { uint4 v[8]; };  // 16-byte chunk tid % 8 of eight rows: neighbours read one row
+struct Share { uint4 v[4]; };  // of half a unit's rows: 16-byte chunk tid % 8 of each, so that neighbours read one row
 
-DEVICE void fetch(Share& s, const u8* w, const Planes&, i64 first, int row0, int n_rows, int k, int stage) {
+DEVICE void fetch(
+    Share& s, const u8* w, const Planes&, i64 first, int row0, int n_rows, int k, int stage, int half) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int e = threadIdx.x / 8 + i * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
+  for (int i = 0; i < 4; i++) {
+    const int e = threadIdx.x / 8 + (4 * half + i) * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
     const int col = min(64 * (stage * UNITS + e / ROWS) + 8 * (int)(threadIdx.x % 8), k - 8);
     s.v[i] = __ldg((const uint4*)((const u16*)w + (first + row) * k + col));
   }
@@ -56,13 +57,15 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {
     return TYPE_ID == 1 ? pack2<T>(f16_to_f32((u16)x), f16_to_f32((u16)(x >> 16)))
                         : pack2<T>(bf16_to_f32((u16)x), bf16_to_f32((u16)(x >> 16)));
   };
-  const uint4 v = s.v[i];
+  const uint4 v = s.v[i % 4];
   s_w[chunk_at(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8)] = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
 }
 #else
 struct Share { Codes c[2 / GROUPS]; };  // unit tid / ROWS of row tid % ROWS: neighbours write to different banks
 
-DEVICE void fetch(Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage) {
+DEVICE void fetch(
+    Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
+  if (half) return;  // a step is decoded at once
   const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
   const int n_blocks = k / BLOCK;
 #pragma unroll
@@ -106,8 +109,8 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
     if (first >= last) return;
   }
   for (int i = tid; i < TOKENS; i += THREADS) {
-    const int p = min(first + i, last - 1);
-    s_from[i] = gather ? __ldg(gather + p) / per : p;
+    const int p = first + i;
+    s_from[i] = p >= last ? -1 : gather ? __ldg(gather + p) / per : p;
   }
   __syncthreads();
   x += head * x_head;
@@ -122,7 +125,8 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
     for (int i = 0; i < X_CHUNKS / THREADS; i++) {
       const int e = tid + i * THREADS, c = e % 8, r = e / 8;  // chunk and row, unit after unit
       const int col = column(stage * UNITS + r / TOKENS, c / 4) + c % 4 * 8;
-      cp_async16(smem_addr(s_x + slot * X_CHUNKS + chunk_at(r, c)), x + s_from[r % TOKENS] * x_tok + col, true);
+      const int from = s_from[r % TOKENS];
+      cp_async16(smem_addr(s_x + slot * X_CHUNKS + chunk_at(r, c)), x + max(from, 0) * x_tok + col, from >= 0);
     }
     if (COPIED) {
 #pragma unroll
@@ -156,20 +160,23 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
   }
   Share share;
   if (!COPIED) {
-    fetch(share, w, planes, first_row, row0, n_rows, k, 0);
 #pragma unroll
-    for (int i = 0; i < 8; i++) put(s_w, share, i);
+    for (int i = 0; i < 8; i++) {
+      if (i % 4 == 0) fetch(share, w, planes, first_row, row0, n_rows, k, 0, i / 4);
+      put(s_w, share, i);
+    }
   }
   for (int s = 0; s < n_stages; s++) {
     cp_async_wait<STAGES - 2>();
     __syncthreads();  // stage s is there, and stage s - 1 has been read
     if (s + STAGES - 1 < n_stages) copy(s + STAGES - 1);
     cp_async_commit();
-    if (!COPIED) fetch(share, w, planes, first_row, row0, n_rows, k, s + 1);  // beyond the end: the last, for no one
     const saddr x_s = x_at + s % STAGES * (X_CHUNKS * 16), w_s = w_at + s % W_STAGES * (W_CHUNKS * 16);
     uint4* next = s_w + (s + 1) % W_STAGES * W_CHUNKS;
 #pragma unroll
     for (int q = 0; q < K; q++) {
+      if (!COPIED && q % (K / 2) == 0)  // beyond the end: the last, for no one
+        fetch(share, w, planes, first_row, row0, n_rows, k, s + 1, q / (K / 2));
       u32 a[M][4];
 #pragma unroll
       for (int i = 0; i < M; i++) ldsm_x4(a[i], x_s + x_in[q % 4] + (q / 4 * TOKENS + 16 * i) * 128);
@@ -183,10 +190,10 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
           mma16816<T>(acc[i][2 * j + 1], a[i], b[2], b[3]);
         }
       }
-      if (!COPIED && q >= K / 2) {
+      if (COPIED) continue;
 #pragma unroll
-        for (int i = 0; i < 16 / K; i++) put(next, share, (q - K / 2) * (16 / K) + i);
-      }
+      for (int i = 0; i < 8; i++)
+        if (q == (IS_FLOAT ? (K / 2) * (i / 4) + K / 2 - 1 : K / 2 + i * K / 16)) put(next, share, i);
     }
   }
 #pragma unroll

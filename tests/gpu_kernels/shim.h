@@ -25,6 +25,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
+using std::max;
 using std::min;
 #define KERNEL(threads, blocks_per_sm, name) static void name
 #define DEVICE static inline
@@ -37,6 +38,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 inline float2 make_float2(float a, float b) { return {a, b}; }
 inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+inline int4 make_int4(int a, int b, int c, int d) { return {a, b, c, d}; }
 inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
 inline float __int_as_float(unsigned i) { float f; memcpy(&f, &i, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned i; memcpy(&i, &f, 4); return i; }
@@ -191,6 +193,8 @@ template <class V> V shim_from(V v, int lane, const char* where) {
 template <class V> V __shfl_xor_sync(unsigned, V v, int m) { return shim_from(v, (shim::B->now->number & 31) ^ m, "shfl_xor"); }
 template <class V> V __shfl_sync(unsigned, V v, int l) { return shim_from(v, l, "shfl"); }
 inline int __any_sync(unsigned, int p) { u64 x = p != 0; auto s = shim::exchange(&x, 1, "any"); int r = 0; for (int i = 0; i < 32; i++) r |= (int)s[i][0]; return r; }
+inline unsigned __ballot_sync(unsigned, int p) { u64 x = p != 0; auto s = shim::exchange(&x, 1, "ballot"); unsigned r = 0; for (int i = 0; i < 32; i++) r |= (unsigned)s[i][0] << i; return r; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 template <class V> V __ldg(const V* p) { return *p; }

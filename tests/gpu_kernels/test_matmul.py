@@ -24,7 +24,7 @@ NMSE_INT8, NMSE_BF16, NMSE_F32 = 1.5e-4, 2.5e-5, 1e-12
 
 instances(module.matvec(f, n) for f in FORMATS for n in (1, 4))
 instances(v.kernel(CARDS[90], f) for v in module.VARIANTS for f in FORMATS if f)
-instances(v.kernel(CARDS[75], Q8_0) for v in module.VARIANTS[1:3])
+instances(v.kernel(CARDS[75], Q8_0) for v in module.VARIANTS[-2:])
 instances(kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS)
 
 
@@ -67,7 +67,7 @@ def test_odd_sizes(type_id: int, k: int, n_tok: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2, -1])
 @pytest.mark.parametrize("type_id", [BF16, Q4_K])
-@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}")
+@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}x{v.depth}x{v.stages}")
 def test_every_shape_of_block_in_several_orders_of_threads(variant: Any, type_id: int, order: int) -> None:
     n_rows, n_tok, k = variant.rows + 7, variant.tokens + 3, 768
     w, x = weight(type_id, n_rows, k), rows(n_tok, k)
@@ -76,7 +76,7 @@ def test_every_shape_of_block_in_several_orders_of_threads(variant: Any, type_id
 
 
 @pytest.mark.parametrize("type_id", [t for t in ALL if t.id not in ("F32", "BF16", "Q4_K")])
-@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}")
+@pytest.mark.parametrize("variant", module.VARIANTS, ids=lambda v: f"{v.tokens}x{v.rows}x{v.depth}x{v.stages}")
 def test_every_shape_of_block_multiplies_every_type(variant: Any, type_id: int) -> None:
     w, x = weight(type_id, 40, 512), rows(18, 512)
     found = multiplied(w, x, variant, -1)

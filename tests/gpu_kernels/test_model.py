@@ -34,7 +34,7 @@ instances(decode_kernels(choose(CARDS[90], "q8", 128, 32, 60), "q8", 128, 32))
 instances(row_kernels(t, 128, 32)["k_store"] for t in ("f16", "bf16", "q8"))
 matmul = importlib.import_module("gpu_kernels.matmul")
 instances(matmul.matvec(f, n) for f in (0, 6, 8, 12, 14) for n in (1, 4))
-instances([matmul.gemm(8)])
+instances([matmul.VARIANTS[-1].kernel(CARDS[90], 8)])
 
 
 class Ops:

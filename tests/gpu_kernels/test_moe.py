@@ -12,16 +12,21 @@ from weights import BF16, F32, Q4_K, Q6_K, Q8_0, Weight, rows, weight
 
 from engine import reference
 from gpu_kernels import experts, upload
+from gpu_kernels.device import CARDS, Limits
 
-instances(importlib.import_module("gpu_kernels.matmul").matvec(t, 1) for t in (F32, BF16, Q8_0, Q4_K, Q6_K))
+matmul, moe = (importlib.import_module(f"gpu_kernels.{name}") for name in ("matmul", "moe"))
+instances(matmul.matvec(t, 1) for t in (F32, BF16, Q8_0, Q4_K, Q6_K))
+instances(v.kernel(CARDS[90], t) for v in moe.choose(CARDS[90], [Q8_0], 9) for t in (BF16, Q8_0, Q4_K, Q6_K))
+
+NMSE_PROMPT = 1e-4  # bf16 products, one after another
 
 
 def added(
-    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, mats: list[Weight], order: int = 0
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, mats: list[Weight], order: int = 0, limits: Limits = CARDS[90]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What experts adds, and what it should."""
     before = rows(*x.shape, seed=9)
-    out, run = before.copy(), ShimRun(order)
+    out, run = before.copy(), ShimRun(order, limits)
     experts(run, x, ids, weights, *(upload(run, w) for w in mats), out)
     gate, up, down = mats
     expected = reference.moe(
@@ -35,7 +40,7 @@ def choice(n_tok: int, n_expert: int, n_used: int) -> tuple[np.ndarray, np.ndarr
     return np.ascontiguousarray(ids), np.abs(rows(n_tok, n_used, seed=6))
 
 
-@pytest.mark.parametrize("n_tok", [1, 3])
+@pytest.mark.parametrize("n_tok", [1, 3, 17])
 @pytest.mark.parametrize(
     "types",
     [(Q8_0, Q8_0, Q8_0), (Q4_K, Q4_K, Q6_K), (BF16, BF16, Q8_0), (Q8_0, F32, F32)],
@@ -53,6 +58,46 @@ def test_experts_in_f32_are_exact() -> None:
     mats = [weight(F32, 9, *shape, seed=i) for i, shape in enumerate([(96, 64), (96, 64), (64, 96)])]
     found, expected = added(rows(5, 64), *choice(5, 9, 2), mats)
     assert_close(found, expected, rtol=np.inf, nmse=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, -1])
+@pytest.mark.parametrize("n_tok, n_expert, n_used", [(17, 40, 6), (70, 3, 2), (130, 5, 1), (40, 1, 1)])
+def test_a_prompt_s_experts_in_several_orders_of_threads(n_tok: int, n_expert: int, n_used: int, order: int) -> None:
+    mats = [weight(t, n_expert, *shape) for t, shape in ((Q8_0, (96, 160)), (BF16, (96, 160)), (Q8_0, (160, 96)))]
+    found, expected = added(rows(n_tok, 160), *choice(n_tok, n_expert, n_used), mats, order)
+    assert_close(found, expected, rtol=np.inf, nmse=NMSE_PROMPT)
+
+
+@pytest.mark.parametrize("limits", [CARDS[75], CARDS[90]], ids=lambda card: card.name)
+def test_an_expert_with_all_tokens_and_others_with_none(limits: Limits) -> None:
+    mats = [weight(Q8_0, 4, *shape, seed=i) for i, shape in enumerate([(32, 64), (32, 64), (64, 32)])]
+    ids = np.full((70, 2), 2, np.int32)
+    ids[:, 1] = 0
+    found, expected = added(rows(70, 64), ids, np.abs(rows(70, 2, seed=6)), mats, limits=limits)
+    assert_close(found, expected, rtol=np.inf, nmse=NMSE_PROMPT)
+
+
+@pytest.mark.parametrize("n_tok, n_expert, n_used, tokens", [(600, 9, 3, 32), (600, 256, 8, 128), (1, 3, 2, 64)])
+def test_slots_are_sorted_and_tiles_cover_each_expert(n_tok: int, n_expert: int, n_used: int, tokens: int) -> None:
+    ids = choice(n_tok, n_expert, n_used)[0]
+    ids[ids == 1] = 0 if n_expert > 3 else 1  # expert 1 has none
+    n_slots, n_tiles = ids.size, ids.size // tokens + n_expert
+    order, place, tiles = (np.full(n, -1, np.int32) for n in (n_slots, n_slots, 4 * n_tiles))
+    args = (ids, n_slots, tokens, order, place, tiles)
+    ShimRun(-1).launch(moe.SORT_SLOTS, (n_expert,), moe.THREADS_SORT, moe.SHARED_SORT, args)
+    assert np.array_equal(order, np.argsort(ids.ravel(), kind="stable"))
+    assert np.array_equal(place[order], np.arange(n_slots))
+    covered = [(e, p) for e, first, last, _ in tiles.reshape(-1, 4) for p in range(first, last)]
+    assert covered == [(e, p) for p, e in enumerate(np.sort(ids.ravel()))]
+    assert all(last - first <= tokens for _, first, last, _ in tiles.reshape(-1, 4))
+
+
+@pytest.mark.parametrize("limits", CARDS.values(), ids=lambda card: card.name)
+@pytest.mark.parametrize("slots, tokens", [(4, 32), (48, 64), (384, 128)])
+def test_tiles_are_as_long_as_experts_fill_them(limits: Limits, slots: int, tokens: int) -> None:
+    variants = moe.choose(limits, [Q4_K, Q4_K, Q6_K], slots)
+    assert [v.tokens for v in variants] == [min(tokens, 64) if limits.sm == 75 else tokens] * 3
+    assert all(v.fits(limits, t) for v, t in zip(variants, (Q4_K, Q4_K, Q6_K)))
 
 
 def test_experts_of_other_shapes_are_refused() -> None:

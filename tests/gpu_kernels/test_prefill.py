@@ -27,7 +27,7 @@ instances(k for t in TYPES_K for n in (2, 18, 128)
           for k in decode_kernels(choose(CARDS[90], t, RANK, N_ROT, n), t, RANK, N_ROT))  # fmt: skip
 instances([row_kernels("q8", RANK, N_ROT)["rotate_heads"]])
 instances(matmul.matvec(t, n) for t in (F32, Q8_0) for n in (1, 4))
-instances([matmul.gemm(Q8_0)])
+instances([matmul.VARIANTS[-1].kernel(CARDS[90], Q8_0)])
 
 
 def check(type_k: str, n_tok: int, n_past: int, nmse: float, uk: int = F32, uv: int = F32) -> None:
