@@ -3,8 +3,8 @@
     out[t, b, r] (+)= weight[b, r] · x[t, b]          b: head (1 for a plain matrix), r: row, t: token
 
 Weights are quants.Weight, which upload() makes. Up to MAX_DOT_TOKENS tokens, a row has the bits of a row alone: int8
-products, as on the CPU, for four tokens at a time. More tokens are multiplied in bf16 on tensor cores (in f16 on Turing,
-which has no bf16), and by F32 weights in f32 as few tokens are.
+products, as on the CPU, for four tokens at a time. More tokens are multiplied on tensor cores, in bf16 (Turing: f16);
+by F32 weights in f32, as few tokens are.
 """
 
 from __future__ import annotations
@@ -179,11 +179,11 @@ def launch_gemm(
         raise ValueError(f"a weight of {w.shape} values for rows of {k}")
     variant = variant or choose(run.limits, f.type_id, n_tok, m, n_head)
     n_tiles = -(-n_tok // variant.tokens) if tiles is None else len(tiles)
-    pitch = padded(k)
+    pitch = 2 * padded(k)
     run.launch(
         variant.kernel(run.limits, f.type_id), (n_tiles * -(-m // variant.rows) * n_head,), variant.threads,
         variant.shared_bytes(run.limits, f.type_id),
-        (w.data, *map(wide, w.planes), x, wide(n_head * pitch), wide(pitch), out, *steps("out", out), m, k, n_tok,
+        (w.data, *map(wide, w.planes), x, n_head * pitch, wide(pitch), out, *steps("out", out), m, k, n_tok,
          n_tiles, int(accumulate), tiles, gather, per),
     )  # fmt: skip
 

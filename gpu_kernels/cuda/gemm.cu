@@ -5,9 +5,9 @@
 //   as they are), TOKENS * 4 bytes
 //
 // A block makes TOKENS x ROWS, DEPTH values of k a stage. x is 16 bits wide (quantise.cu: narrow), its rows filled up with
-// zeros to a multiple of 128, and comes by cp.async, STAGES - 1 stages ahead. Weights of the next stage are loaded to
-// registers before this stage is multiplied, and written as 16-bit values between its last products: a thread's share
-// is a unit, 64 values of a row. One barrier a stage.
+// zeros to a multiple of 128 and x_tok and x_head bytes apart; it comes by cp.async, STAGES - 1 stages ahead. Weights of
+// the next stage are loaded to registers before this stage is multiplied, and written as 16-bit values between its last
+// products: a thread's share is a unit, 64 values of a row. One barrier a stage.
 //
 // A tile is of units: 64 values of each row, 128 bytes, 16-byte chunk c of row r at c ^ (r & 7). The values of a unit
 // are those of one step of blocks.cuh, or of two; where a step is not contiguous, x is fetched in its order.
@@ -28,14 +28,22 @@ typedef BF16 T;
 constexpr bool IS_FLOAT = TYPE_ID == 1 || TYPE_ID == 30, COPIED = TYPE_ID == (F16_PRODUCTS ? 1 : 30);
 constexpr int THREADS = 32 * WARPS_T * WARPS_R, UNITS = DEPTH / 64;
 constexpr int W_STAGES = COPIED ? STAGES : 2, X_CHUNKS = TOKENS * DEPTH / 8, W_CHUNKS = ROWS * DEPTH / 8;
+constexpr int X_PIECES = X_CHUNKS / THREADS, PIECES = X_PIECES + (COPIED ? W_CHUNKS / THREADS : 0);
 constexpr int M = TOKENS / WARPS_T / 16, N = ROWS / WARPS_R / 16, K = DEPTH / 16;  // a warp's products: 16 each way
+// a thread's share of weights in two halves, one after the other, where there are not registers for all of it
+constexpr bool HALVES = IS_FLOAT || (GROUPS == 1 && M * N == 16);
 static_assert(ROWS * UNITS == THREADS, "a thread has one unit");
+static_assert(TOKENS % (THREADS / 8) == 0 && THREADS % 64 == 0, "chunk_at(r + THREADS / 8, c) is THREADS chunks on");
 
 // where group g (of 32 values) of a unit begins in its row
 DEVICE int column(int unit, int g) {
   if (IS_FLOAT) return 64 * unit + 32 * g;
-  const int step = unit * (2 / GROUPS) + g / GROUPS;
+  const u32 step = unit * (2 / GROUPS) + g / GROUPS;
   return step / STEPS * BLOCK + 32 * group_at(step % STEPS, g % GROUPS);
+}
+// after which of a stage's K * N turns chunk i of a unit is written: in the second half of the time since its fetch
+DEVICE constexpr int put_at(int i) {
+  return HALVES ? K * N / 2 * (i / 4) + K * N / 4 + i % 4 * (K * N / 4) / 4 : K * N / 2 + i * (K * N / 2) / 8;
 }
 DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 
@@ -44,12 +52,12 @@ DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 struct Share { uint4 v[4]; };  // of half a unit's rows: 16-byte chunk tid % 8 of each, so that neighbours read one row
 
 DEVICE void fetch(
-    Share& s, const u8* w, const Planes&, i64 first, int row0, int n_rows, int k, int stage, int half) {
+    Share& s, const u8* w_first, const Planes&, i64, int row0, int n_rows, int k, int stage, int half) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int e = threadIdx.x / 8 + (4 * half + i) * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
+    const int e = (4 * half + i) * (THREADS / 8), row = min(row0 + (int)threadIdx.x / 8 + e % ROWS, n_rows - 1);
     const int col = min(64 * (stage * UNITS + e / ROWS) + 8 * (int)(threadIdx.x % 8), k - 8);
-    s.v[i] = __ldg((const uint4*)((const u16*)w + (first + row) * k + col));
+    s.v[i] = __ldg((const uint4*)(w_first + 2 * col + (u64)(u32)row * (u32)(2 * k)));
   }
 }
 DEVICE void put(uint4* s_w, const Share& s, int i) {
@@ -61,22 +69,22 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {
   s_w[chunk_at(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8)] = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
 }
 #else
-struct Share { Codes c[2 / GROUPS]; };  // unit tid / ROWS of row tid % ROWS: neighbours write to different banks
+struct Share { Codes c[HALVES ? 1 : 2 / GROUPS]; };  // unit tid / ROWS of row tid % ROWS: neighbours write to different banks
 
 DEVICE void fetch(
     Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
-  if (half) return;  // a step is decoded at once
+  if (half && !HALVES) return;
   const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
   const int n_blocks = k / BLOCK;
 #pragma unroll
-  for (int i = 0; i < 2 / GROUPS; i++) {
-    const int step = unit * (2 / GROUPS) + i;
-    decode_step(s.c[i], planes, (first + row) * n_blocks + min(step / STEPS, n_blocks - 1), step % STEPS);
+  for (int i = 0; i < (int)(sizeof s / sizeof s.c[0]); i++) {
+    const u32 step = unit * (2 / GROUPS) + i + half;
+    decode_step(s.c[i], planes, (first + row) * n_blocks + min((int)(step / STEPS), n_blocks - 1), step % STEPS);
   }
 }
 DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
   const int of_step = i / 4 % GROUPS;
-  const Codes& c = s.c[i / 4 / GROUPS];
+  const Codes& c = s.c[HALVES ? 0 : i / 4 / GROUPS];
   const float scale = c.s[of_step][i % 4 / 2], minimum = c.m[of_step];
   u32 p[4];
 #pragma unroll
@@ -90,7 +98,7 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
 #endif
 
 KERNEL(THREADS, 256 / THREADS, gemm)(
-    const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u16* __restrict__ x, i64 x_tok, i64 x_head,
+    const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u8* __restrict__ x, int x_tok, i64 x_head,
     float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok, int n_tiles, int accumulate,
     const int4* __restrict__ tiles, const int* __restrict__ gather, int per) {
   DYN_SMEM(smem);
@@ -117,24 +125,22 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
   out += head * out_head;
   const Planes planes = {w, w + at_b, w + at_c, w + at_d};
   const i64 first_row = (i64)matrix * n_rows;
+  const u8* w_first = w + first_row * k * 2;  // if they are floats
   const int n_stages = (k + DEPTH - 1) / DEPTH;
+  const saddr x_to = smem_addr(s_x + chunk_at(tid / 8, tid % 8)), w_to = smem_addr(s_w + chunk_at(tid / 8, tid % 8));
 
-  auto copy = [&](int stage) {
-    const int slot = stage % STAGES;
-#pragma unroll
-    for (int i = 0; i < X_CHUNKS / THREADS; i++) {
-      const int e = tid + i * THREADS, c = e % 8, r = e / 8;  // chunk and row, unit after unit
-      const int col = column(stage * UNITS + r / TOKENS, c / 4) + c % 4 * 8;
-      const int from = s_from[r % TOKENS];
-      cp_async16(smem_addr(s_x + slot * X_CHUNKS + chunk_at(r, c)), x + max(from, 0) * x_tok + col, from >= 0);
-    }
-    if (COPIED) {
-#pragma unroll
-      for (int i = 0; i < W_CHUNKS / THREADS; i++) {
-        const int e = tid + i * THREADS, c = e % 8, r = e / 8, row = min(row0 + r % ROWS, n_rows - 1);
-        const int col = min(64 * (stage * UNITS + r / ROWS) + 8 * c, k - 8);
-        cp_async16(smem_addr(s_w + slot * W_CHUNKS + chunk_at(r, c)), (const u16*)w + (first_row + row) * k + col, true);
-      }
+  // piece i of a stage's copies: a chunk of x a thread, then of weights; none beyond the last stage
+  const int c = tid % 8, r = tid / 8;
+  auto copy = [&](int stage, int i) {
+    const int slot = stage % STAGES, of_x = i * (THREADS / 8) % TOKENS, of_w = (i - X_PIECES) * (THREADS / 8) % ROWS;
+    if (i < X_PIECES) {
+      const int from = s_from[r + of_x], col = column(stage * UNITS + i * (THREADS / 8) / TOKENS, c / 4) + c % 4 * 8;
+      const u8* at = x + 2 * col + (u64)(u32)max(from, 0) * (u32)x_tok;
+      cp_async16(x_to + (slot * X_CHUNKS + i * THREADS) * 16, at, from >= 0 && stage < n_stages);
+    } else {
+      const int row = min(row0 + r + of_w, n_rows - 1), unit = stage * UNITS + (i - X_PIECES) * (THREADS / 8) / ROWS;
+      const u8* at = w_first + 2 * min(64 * unit + 8 * c, k - 8) + (u64)(u32)row * (u32)(2 * k);
+      cp_async16(w_to + (slot * W_CHUNKS + (i - X_PIECES) * THREADS) * 16, at, stage < n_stages);
     }
   };
   const int wt = warp % WARPS_T * (16 * M), wr = warp / WARPS_T * (16 * N);  // this warp's tokens and rows
@@ -155,28 +161,27 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
       for (int e = 0; e < 4; e++) acc[i][j][e] = 0.f;
 
   for (int s = 0; s < STAGES - 1; s++) {
-    if (s < n_stages) copy(s);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) copy(s, i);
     cp_async_commit();
   }
   Share share;
   if (!COPIED) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i % 4 == 0) fetch(share, w, planes, first_row, row0, n_rows, k, 0, i / 4);
+      if (i % 4 == 0) fetch(share, w_first, planes, first_row, row0, n_rows, k, 0, i / 4);
       put(s_w, share, i);
     }
   }
   for (int s = 0; s < n_stages; s++) {
     cp_async_wait<STAGES - 2>();
     __syncthreads();  // stage s is there, and stage s - 1 has been read
-    if (s + STAGES - 1 < n_stages) copy(s + STAGES - 1);
-    cp_async_commit();
     const saddr x_s = x_at + s % STAGES * (X_CHUNKS * 16), w_s = w_at + s % W_STAGES * (W_CHUNKS * 16);
     uint4* next = s_w + (s + 1) % W_STAGES * W_CHUNKS;
 #pragma unroll
     for (int q = 0; q < K; q++) {
       if (!COPIED && q % (K / 2) == 0)  // beyond the end: the last, for no one
-        fetch(share, w, planes, first_row, row0, n_rows, k, s + 1, q / (K / 2));
+        fetch(share, w_first, planes, first_row, row0, n_rows, k, s + 1, q / (K / 2));
       u32 a[M][4];
 #pragma unroll
       for (int i = 0; i < M; i++) ldsm_x4(a[i], x_s + x_in[q % 4] + (q / 4 * TOKENS + 16 * i) * 128);
@@ -189,23 +194,32 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
           mma16816<T>(acc[i][2 * j], a[i], b[0], b[1]);
           mma16816<T>(acc[i][2 * j + 1], a[i], b[2], b[3]);
         }
-      }
-      if (COPIED) continue;
+        const int turn = q * N + j;  // of K * N, between which all else of the stage is spread
 #pragma unroll
-      for (int i = 0; i < 8; i++)
-        if (q == (IS_FLOAT ? (K / 2) * (i / 4) + K / 2 - 1 : K / 2 + i * K / 16)) put(next, share, i);
+        for (int i = 0; i < PIECES; i++)
+          if (i * (K * N / 2) / PIECES == turn) copy(s + STAGES - 1, i);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+          if (!COPIED && put_at(i) == turn) put(next, share, i);
+      }
     }
+    cp_async_commit();
   }
+  cp_async_wait<0>();
+  auto store = [&](bool add) {
 #pragma unroll
-  for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++)
 #pragma unroll
-    for (int j = 0; j < 2 * N; j++)
+      for (int h = 0; h < 2; h++) {
+        const int p = first + wt + 16 * i + (lane >> 2) + 8 * h, left = p < last ? n_rows - row0 - wr - 2 * (lane & 3) : 0;
+        float* to = out + p * out_tok + row0 + wr + 2 * (lane & 3);
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int p = first + wt + 16 * i + (lane >> 2) + 8 * (e >> 1), row = row0 + wr + 8 * j + 2 * (lane & 3) + (e & 1);
-        if (p < last && row < n_rows) {
-          float* to = out + p * out_tok + row;
-          *to = accumulate ? *to + acc[i][j][e] : acc[i][j][e];
-        }
+        for (int j = 0; j < 2 * N; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (8 * j + e < left) to[8 * j + e] = acc[i][j][2 * h + e] + (add ? to[8 * j + e] : 0.f);
       }
+  };
+  if (accumulate) store(true);
+  else store(false);
 }
