@@ -6,17 +6,18 @@
 //   12  Q4_K          256   as in the file: d dmin scales 16, qs 128  64 values: low and high nibbles of 32 bytes
 //   14  Q6_K          256   ql 128 | qh 64 | scales 16 | d 2          64 values, likewise
 //
-// A step is what a thread decodes at once: groups of 32 codes, of which value i is s[i / 16] * code[i] - m.
+// A step is what a thread decodes at once: groups of 32 codes, of which value i is s[i / 16] * code[i] - m[i / 16].
 #if TYPE_ID == 12 || TYPE_ID == 14
 constexpr int BLOCK = 256, STEPS = 4, GROUPS = 2;
 #else
 constexpr int BLOCK = 32, STEPS = 1, GROUPS = 1;
 #endif
+constexpr bool HAS_MINIMUM = TYPE_ID == 12;
 struct Planes { const u8 *a, *b, *c, *d; };
 struct Codes {
   int v[GROUPS][8];    // four int8 each
   float s[GROUPS][2];  // scales of 16
-  float m[GROUPS];     // minimum
+  float m[GROUPS][2];  // minima of 16
 };
 
 // where group g of a step begins in its block, in groups of 32
@@ -39,7 +40,7 @@ DEVICE void decode_step(Codes& c, const Planes& w, i64 block, int step) {
   load_32(q, w.a + block * 32);
   for (int i = 0; i < 8; i++) c.v[0][i] = (int)q[i];
   c.s[0][0] = c.s[0][1] = f16_to_f32(__ldg((const u16*)w.b + block));
-  c.m[0] = 0.f;
+  c.m[0][0] = c.m[0][1] = 0.f;
 #elif TYPE_ID == 6
   const uint4 x = __ldg((const uint4*)w.a + block);
   const u32 q[4] = {x.x, x.y, x.z, x.w}, qh = __ldg((const u32*)w.b + block);
@@ -49,7 +50,7 @@ DEVICE void decode_step(Codes& c, const Planes& w, i64 block, int step) {
     c.v[0][i] = bytes_minus(low | high << 4, 16);
   }
   c.s[0][0] = c.s[0][1] = f16_to_f32(__ldg((const u16*)w.c + block));
-  c.m[0] = 0.f;
+  c.m[0][0] = c.m[0][1] = 0.f;
 #elif TYPE_ID == 12
   const u8* p = w.a + block * 144;
   const uint4 head = __ldg((const uint4*)p);  // d and dmin, then the 12 bytes
@@ -63,7 +64,7 @@ DEVICE void decode_step(Codes& c, const Planes& w, i64 block, int step) {
     const u32 scale = i < 4 ? a & 63 : (e & 15) | a >> 6 << 4, minimum = i < 4 ? b & 63 : e >> 4 | b >> 6 << 4;
     for (int j = 0; j < 8; j++) c.v[g][j] = (int)(q[j] >> 4 * g & 0x0f0f0f0fu);
     c.s[g][0] = c.s[g][1] = __fmul_rn(d, (float)scale);
-    c.m[g] = __fmul_rn(d_min, (float)minimum);
+    c.m[g][0] = c.m[g][1] = __fmul_rn(d_min, (float)minimum);
   }
 #elif TYPE_ID == 14
   const int half = step / 2, k = step % 2;
@@ -80,7 +81,7 @@ DEVICE void decode_step(Codes& c, const Planes& w, i64 block, int step) {
     const u16 two = __ldg((const u16*)(w.c + block * 16) + group_at(step, g));
     c.s[g][0] = __fmul_rn(d, (float)(signed char)(two & 255));
     c.s[g][1] = __fmul_rn(d, (float)(signed char)(two >> 8));
-    c.m[g] = 0.f;
+    c.m[g][0] = c.m[g][1] = 0.f;
   }
 #endif
 }

@@ -30,7 +30,7 @@ KERNEL(128, 1, embed_rows)(
 #pragma unroll
       for (int i = 0; i < 32; i++) {
         const float code = (float)(signed char)(c.v[g][i / 4] >> 8 * (i % 4));
-        to[i] = __fadd_rn(__fmul_rn(c.s[g][i / 16], code), -c.m[g]);
+        to[i] = __fadd_rn(__fmul_rn(c.s[g][i / 16], code), -c.m[g][i / 16]);
       }
     }
   }

@@ -85,7 +85,7 @@ DEVICE void fetch(
 DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
   const int of_step = i / 4 % GROUPS;
   const Codes& c = s.c[HALVES ? 0 : i / 4 / GROUPS];
-  const float scale = c.s[of_step][i % 4 / 2], minimum = c.m[of_step];
+  const float scale = c.s[of_step][i % 4 / 2], minimum = c.m[of_step][i % 4 / 2];
   u32 p[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {

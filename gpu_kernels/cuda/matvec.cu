@@ -2,8 +2,8 @@
 //
 //   grid (ceil(rows / rows a block), heads), 128 threads: `lanes` threads a row, so 128 / lanes rows a block
 //
-// Quantised weights meet int8 activations (quantise.cu) in dp4a, 32 values at a time: with a minimum m, the sum of the
-// activations is subtracted m times. F32, F16 and BF16 meet f32. What a thread adds up does not depend on TOKENS.
+// Quantised weights meet int8 activations (quantise.cu) in dp4a, 32 values at a time: with a minimum m of 16, the sum
+// of the activations is subtracted m times. F32, F16 and BF16 meet f32. What a thread adds up does not depend on TOKENS.
 //
 // With ids (int32), a head is a slot: its weight is that of expert ids[h], its x is row h / slots_per_x, and n_tok is 1.
 //
@@ -16,7 +16,7 @@ constexpr bool IS_FLOAT = TYPE_ID == 0 || TYPE_ID == 1 || TYPE_ID == 30;
 // acc[t] += step e of a row times its part of x
 DEVICE void add_step(
     float (&acc)[TOKENS], const u8* w, const Planes& planes, i64 row, int k, int e, const u8* const (&x)[TOKENS],
-    const float2* const (&scales)[TOKENS]) {
+    const uint2* const (&scales)[TOKENS]) {
 #if TYPE_ID == 0 || TYPE_ID == 1 || TYPE_ID == 30
   float v[8];
 #if TYPE_ID == 0
@@ -50,7 +50,8 @@ DEVICE void add_step(
     for (int t = 0; t < TOKENS; t++) {
       const int4* from = (const int4*)x[t] + 2 * at;
       const int4 p = __ldg(from), q = __ldg(from + 1);
-      const float2 scale = __ldg(scales[t] + at);
+      const uint2 of_x = __ldg(scales[t] + at);
+      const float scale = __int_as_float(of_x.x);
       int a = __dp4a(c.v[g][0], p.x, 0), b = __dp4a(c.v[g][4], q.x, 0);
       a = __dp4a(c.v[g][1], p.y, a);
       b = __dp4a(c.v[g][5], q.y, b);
@@ -58,8 +59,8 @@ DEVICE void add_step(
       b = __dp4a(c.v[g][6], q.z, b);
       a = __dp4a(c.v[g][3], p.w, a);
       b = __dp4a(c.v[g][7], q.w, b);
-      acc[t] += scale.x * (c.s[g][0] * (float)a + c.s[g][1] * (float)b);
-      if (TYPE_ID == 12) acc[t] -= c.m[g] * scale.y;
+      acc[t] += scale * (c.s[g][0] * (float)a + c.s[g][1] * (float)b);
+      if (HAS_MINIMUM) acc[t] -= scale * (c.m[g][0] * (float)(short)of_x.y + c.m[g][1] * (float)((int)of_x.y >> 16));
     }
   }
 #endif
@@ -67,7 +68,7 @@ DEVICE void add_step(
 
 KERNEL(128, 1, matvec)(
     const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u8* __restrict__ x, i64 x_tok, i64 x_head,
-    const float2* __restrict__ scales, float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok,
+    const uint2* __restrict__ scales, float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok,
     int n_head, int lanes, int accumulate, const int* __restrict__ ids, int slots_per_x) {
   const int tid = threadIdx.x, mine = tid & (lanes - 1), row = blockIdx.x * (128 / lanes) + tid / lanes;
   const int head = blockIdx.y, n_steps = IS_FLOAT ? k / 8 : k / BLOCK * STEPS;
@@ -78,7 +79,7 @@ KERNEL(128, 1, matvec)(
   for (int t0 = 0; t0 < n_tok; t0 += TOKENS) {
     float acc[TOKENS];
     const u8* of_x[TOKENS];
-    const float2* of_scales[TOKENS];
+    const uint2* of_scales[TOKENS];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       const int token = t0 + t < n_tok ? t0 + t : n_tok - 1;

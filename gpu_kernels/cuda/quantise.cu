@@ -1,7 +1,7 @@
 // Activations as products take them: in int8 for a few tokens, in 16 bits for many.
 //
 //   quantise  grid (ceil(k / 256), rows), 256 threads; a warp takes 32 values, scale = max |x| / 127, q = round(x / scale)
-//             q (rows, k) int8; scales (rows, k / 32) of (scale, scale * sum of q)
+//             q (rows, k) int8; scales (rows, k / 32) of (scale as a float; sums of q, of 16 values each, as two int16)
 //   narrow    grid (rows, ceil(k_out / 2048)), 256 threads; a thread takes 8 values
 //             out (rows, k_out) bf16, or f16 up to its largest value; zeros from k on
 #include "prims.cuh"
@@ -10,15 +10,18 @@
 
 KERNEL(256, 1, quantise)(
     const float* __restrict__ x, i64 x_tok, i64 x_head, int n_head, int k, signed char* __restrict__ q,
-    float2* __restrict__ scales) {
+    uint2* __restrict__ scales) {
   const int i = blockIdx.x * 256 + threadIdx.x;
   if (i / 32 * 32 >= k) return;  // a whole warp
   const float v = x[blockIdx.y / n_head * x_tok + blockIdx.y % n_head * x_head + i];
   const float top = warp_max(fabsf(v));
   const float code = top > 1e-30f ? rintf(v * (127.f / top)) : 0.f;
-  const float sum = warp_sum(code), scale = top > 1e-30f ? top / 127.f : 0.f;
+  const float scale = top > 1e-30f ? top / 127.f : 0.f;
+  int sum = (int)code;
+  for (int d = 8; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  const int other = __shfl_xor_sync(0xffffffffu, sum, 16);
   q[(i64)blockIdx.y * k + i] = (signed char)(int)code;
-  if (i % 32 == 0) scales[((i64)blockIdx.y * k + i) / 32] = make_float2(scale, scale * sum);
+  if (i % 32 == 0) scales[((i64)blockIdx.y * k + i) / 32] = uint2{__float_as_uint(scale), (sum & 0xffff) | (u32)other << 16};
 }
 
 KERNEL(256, 1, narrow)(
