@@ -2,7 +2,7 @@
 
 A Q6_K block has 210 bytes and a Q8_0 block 34: a thread that loads 16 bytes at once would meet them unaligned. So each
 field of all blocks becomes an array of its own, once, at upload; cuda/blocks.cuh draws them. Q4_K blocks (144 bytes,
-the header 16) stay as they are. The bits of a value do not change.
+the header 16) and those of Q5_K (176) stay as they are. The bits of a value do not change.
 """
 
 from __future__ import annotations
@@ -37,10 +37,18 @@ FORMATS: dict[int, Format] = {
         Format("F32", 0, 32, 128, ((0, 128),), 8),
         Format("F16", 1, 32, 64, ((0, 64),), 8),
         Format("BF16", 30, 32, 64, ((0, 64),), 8),
+        Format("Q4_0", 2, 32, 18, ((2, 16), (0, 2)), 32),
+        Format("Q4_1", 3, 32, 20, ((4, 16), (0, 4)), 32),
         Format("Q5_0", 6, 32, 22, ((6, 16), (2, 4), (0, 2)), 32),
+        Format("Q5_1", 7, 32, 24, ((8, 16), (4, 4), (0, 4)), 32),
         Format("Q8_0", 8, 32, 34, ((2, 32), (0, 2)), 32),
+        Format("Q2_K", 10, 256, 84, ((16, 64), (0, 16), (80, 4)), 64),
+        Format("Q3_K", 11, 256, 110, ((32, 64), (0, 32), (96, 12), (108, 2)), 64),
         Format("Q4_K", 12, 256, 144, ((0, 144),), 64),
+        Format("Q5_K", 13, 256, 176, ((0, 176),), 64),
         Format("Q6_K", 14, 256, 210, ((0, 128), (128, 64), (192, 16), (208, 2)), 64),
+        Format("IQ4_NL", 20, 32, 18, ((2, 16), (0, 2)), 32),
+        Format("IQ4_XS", 23, 256, 136, ((8, 128), (0, 8)), 64),
     )
 }
 

@@ -224,7 +224,13 @@ def random_weight(run: Any, type_id: int, *shape: int) -> Any:
         x = rng.standard_normal((n, f.block), dtype=np.float32)
         narrow = {"F32": x, "F16": x.astype(np.float16), "BF16": (x.view(np.uint32) >> 16).astype(np.uint16)}
         blocks = narrow[f.name].view(np.uint8)
-    for at in {"Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}.get(f.name, ()):
+    scales = {
+        "Q2_K": (80, 82),
+        "Q3_K": (108,),
+        "Q6_K": (208,),
+        **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    }
+    for at in () if f.is_float else scales.get(f.name, (0,)):
         blocks[:, at : at + 2] = (rng.random((n, 1)) * 0.01).astype(np.float16).view(np.uint8)
     kind = SimpleNamespace(id=type_id)
     data = blocks.reshape(*shape[:-1], -1)

@@ -115,6 +115,12 @@ DEVICE u32 mul_f16x2(u32 a, u32 b) {
   asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+// byte i of the result is that of the eight bytes of b:a which nibble i of `which`, 0..7, names
+DEVICE u32 byte_perm(u32 a, u32 b, u32 which) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which));
+  return r;
+}
 DEVICE float ex2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 #endif  // CPU_SHIM
 

@@ -22,7 +22,7 @@ CUDA = ROOT / "gpu_kernels" / "cuda"
 PATH = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 TESTS = {
     "mla_decode.cu": "test_attention.py", "hadamard.cuh": "test_k_cache.py", "k_cache.cu": "test_k_cache.py",
-    "reduce.cuh": "test_k_cache.py", "matvec.cu": "test_matmul.py", "blocks.cuh": "test_matmul.py",
+    "reduce.cuh": "test_k_cache.py", "matvec.cu": "test_matmul.py", "blocks.cuh": "test_quants.py",
     "quantise.cu": "test_matmul.py", "route.cu": "test_small.py", "experts.cu": "test_moe.py",
 }  # fmt: skip
 # file, what is there, what the mutant has
@@ -52,11 +52,16 @@ CHANGES = [
     ("k_cache.cu", "rope[p.b] = v.y;", "rope[p.b] = -v.y;"),
     ("reduce.cuh", "i < N / 32", "i < N / 32 - 1"),
     ("blocks.cuh", "a >> 6 << 4", "a >> 5 << 4"),
-    ("blocks.cuh", "16 + 32 * step", "16 + 32 * (step ^ 1)"),
-    ("blocks.cuh", "bytes_minus(low | high << 4, 16)", "bytes_minus(low | high << 4, 15)"),
-    ("matvec.cu", "acc[t] -= c.m[g] * scale.y;", ""),
+    ("blocks.cuh", "48 : 16) + 32 * step", "48 : 16) + 32 * (step ^ 1)"),
+    ("blocks.cuh", "FIVE_BITS ? 16 : 8", "FIVE_BITS ? 15 : 8"),
+    ("blocks.cuh", "(n & 0x8888u) >> 1", "(n & 0x8880u) >> 1"),
+    ("blocks.cuh", "low | (qh[j] >> i", "low | (qh[j] >> g"),
+    ("blocks.cuh", "mask[j] >> group", "mask[j] >> (group & 3)"),
+    ("blocks.cuh", "2 * (group >> 1)", "2 * (group & 1)"),
+    ("blocks.cuh", "two >> (8 * h + 4) & 15", "two >> 4 & 15"),
+    ("matvec.cu", "if (HAS_MINIMUM) acc[t] -=", "if (TYPE_ID == 12) acc[t] -="),
     ("matvec.cu", "mine == 0 && ok", "mine == 0"),
-    ("quantise.cu", "make_float2(scale, scale * sum)", "make_float2(scale, sum)"),
+    ("quantise.cu", "(u32)other << 16", "(u32)sum << 16"),
     ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
     ("route.cu", "first + second : first", "first : first"),
     ("experts.cu", "weights[t * n_used + s]", "weights[s]"),

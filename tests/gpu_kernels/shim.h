@@ -251,4 +251,9 @@ inline float byte_to_f32(u32 four, int j) { return (float)(int)(four >> 8 * j & 
 inline u32 mul_f16x2(u32 a, u32 b) {
   return pack2<F16>(f16_to_f32(a) * f16_to_f32(b), f16_to_f32(a >> 16) * f16_to_f32(b >> 16));
 }
+inline u32 byte_perm(u32 a, u32 b, u32 which) {
+  u32 r = 0; u64 bytes = a | (u64)b << 32;
+  for (int i = 0; i < 4; i++) r |= (u32)(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return r;
+}
 inline float ex2(float x) { return exp2f(x); }

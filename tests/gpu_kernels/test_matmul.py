@@ -154,5 +154,5 @@ def test_wrong_shapes_are_refused(x: tuple[int, int], out: tuple[int, int]) -> N
 
 
 def test_a_type_without_a_kernel_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="ggml type 10 has no GPU kernel; supported: F32, F16, BF16, Q5_0, Q8_0, Q4_K"):
-        pack(10, np.zeros((1, 84), np.uint8))
+    with pytest.raises(ValueError, match="ggml type 16 has no GPU kernel; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0"):
+        pack(16, np.zeros((1, 66), np.uint8))
