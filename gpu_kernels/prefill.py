@@ -1,10 +1,11 @@
-"""mla_prefill on the GPU: attention of many tokens, absorbed, 64 tokens at a time.
+"""mla_prefill on the GPU: causal attention of many tokens over the rows of the K-cache, in one of two forms.
 
-    q_nope · W_UK -> queries over rows, as mla_decode's -> · W_UV
+    many tokens     K and V of every head, expanded from the rows in chunks           mha.py
+    fewer           absorbed, TOKENS at a time, by mla_decode's kernel                this file
+                    q_nope · W_UK -> queries over rows -> · W_UV
 
-Each token sees the rows up to its own. The absorbed form does three times the work of expanded K and V at 4,096 tokens
-(1,088 against 352 multiplications a head, query and row at 512 + 64), but reads nothing but the rows; a kernel in MHA
-mode, as the CPU has, is to come.
+The absorbed form reads nothing but the rows; it does three times the work at 4,096 tokens (1,088 against 352
+multiplications a head, query and row at 512 + 64). It serves what mha.py does not: Turing, and odd widths of heads.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from . import attention, k_cache
+from . import attention, k_cache, mha
 from ._compile import kernel
 from .check import rows_f32, steps
 from .matmul import queue as multiply
 from .matmul import scratch_bytes as multiply_bytes
 from .quants import Weight
+from .workspace import pieces
 
 COPY_ROPE, COUNT_ROWS = kernel("prefill.cu", "copy_rope"), kernel("prefill.cu", "count_rows")
 TOKENS = 64  # at a time: what bounds the scratch
@@ -37,7 +39,7 @@ def mla_prefill(
     norm_weight  (kv_lora_rank,) f32                 of the latent; read for q8 only
     out          (n_tok, n_head, Dv) f32
 
-    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
+    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; online softmax as in FlashAttention (arXiv 2205.14135).
     """
     n_head, rank, nope = w_uk.shape
     n_v = w_uv.shape[1]
@@ -49,22 +51,30 @@ def mla_prefill(
         raise ValueError(f"w_uk of {w_uk.shape} and w_uv of {w_uv.shape} for rows of {kv_lora_rank} + {n_rot}")
     if n_tok < 1 or n_past < 0 or n_past + n_tok > rows.shape[0]:
         raise ValueError(f"{n_tok} tokens after {n_past} in a cache of {rows.shape[0]} rows")
+    variant = mha.choose(run.limits, type_k, nope, n_rot, n_v) if n_tok >= mha.MIN_TOKENS else None
+    if variant is not None:
+        mha.queue(run, variant, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
+    else:
+        _absorbed(run, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
+
+
+def _absorbed(
+    run: Any, q: Any, rows: Any, type_k: str, n_past: int, rank: int, n_rot: int, kq_scale: float, w_uk: Weight,
+    w_uv: Weight, norm_weight: Any, out: Any,
+) -> None:  # fmt: skip
+    n_tok, n_head, nope = len(q), w_uk.shape[0], w_uk.shape[2]
     most = min(n_tok, TOKENS)
-    counts_of_tokens = {most, n_tok % TOKENS or most}
     scratch_bytes = max(
         size
-        for n in counts_of_tokens
+        for n in {most, n_tok % TOKENS or most}
         for size in (
             attention.scratch_bytes(run.limits, type_k, n * n_head, rows.shape[0], rank, n_rot),
             multiply_bytes(run, [w_uk], (n, n_head, nope)),
             multiply_bytes(run, [w_uv], (n, n_head, rank)),
         )
     )
-    sizes = [4 * most * n_head * (rank + n_rot), 4 * most * n_head * rank, 4 * most, scratch_bytes]
-    ends = np.cumsum([-(-n // 256) * 256 for n in sizes])
-    memory = run.workspace(int(ends[-1]))
-    queries, latents, counts, scratch = (
-        memory[int(end) - -(-n // 256) * 256 :][:n] for n, end in zip(sizes, ends, strict=True)
+    queries, latents, counts, scratch = pieces(
+        run, 4 * most * n_head * (rank + n_rot), 4 * most * n_head * rank, 4 * most, scratch_bytes
     )
     for t in range(0, n_tok, TOKENS):
         n = min(TOKENS, n_tok - t)

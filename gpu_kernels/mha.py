@@ -1,0 +1,153 @@
+"""Attention of many tokens with K and V of every head expanded from the rows: widen.cu, expand.cu, mha.cu.
+
+    W_UK, W_UV  ->  16 bits                                      once a call
+    for each chunk of rows:
+        K (n_head, rows, nope), V (n_head, rows, Dv)  =  latents · W        16 bits
+        every block of queries attends to its share of the chunk            sums stay in f32 until the next
+    out = the shares, added up
+
+2 (nope + n_rot + Dv) operations a head, query and row, and 2 C (nope + Dv) a head and row: 640 and 262,144 for 512 + 64,
+against 2,176 absorbed, so that 171 queries pay for it at the same pace.
+
+16 bits are f16 for rows in f16, else bf16. Rows of q8 are multiplied as the whole numbers that they are (expand.cu).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._compile import Kernel, kernel
+from .attention import LOG2_E
+from .check import steps
+from .device import Limits
+from .k_cache import TYPES_K
+from .quants import FORMATS, Weight
+from .stream import wide
+from .workspace import pieces
+
+MIN_TOKENS = 128  # below, the absorbed form
+TILE, EXPAND_SHARED = 128, 96 << 10  # of expand.cu: rows and columns of a block, bytes
+CHUNK_BYTES, CHUNK_ROWS = 64 << 20, (2048, 4096)  # of K and V; at least and at most so many rows
+MAX_SPLITS = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A shape of mha.cu."""
+
+    m_tiles: int  # of 16 queries, a warp
+    warps: int
+    tokens: int  # rows of a tile
+
+    @property
+    def queries(self) -> int:
+        return 16 * self.m_tiles * self.warps
+
+    @property
+    def blocks(self) -> int:
+        """A multiprocessor's, by registers."""
+        return max(1, 8 // self.warps)
+
+    def shared_bytes(self, d: int, n_v: int) -> int:
+        k, v = (-(-n // 64) * 128 for n in (d, n_v))
+        return self.queries * k + self.tokens * (k + v)
+
+
+VARIANTS = (Variant(2, 4, 64), Variant(1, 4, 64), Variant(1, 4, 32))  # the first that fits is taken
+
+
+def choose(limits: Limits, type_k: str, nope: int, n_rot: int, n_v: int) -> Variant | None:
+    """None where the absorbed form is all there is: on Turing, which has no bf16, and for odd widths."""
+    if not limits.has_bf16 or nope % 32 or n_rot % 16 or n_v % 32:
+        return None
+    for v in VARIANTS:
+        if v.m_tiles * n_v <= 256 and v.shared_bytes(nope + n_rot, n_v) <= limits.shared_per_block:
+            return v
+    return None
+
+
+def geometry(limits: Limits, v: Variant, shared: int, n_tok: int, n_head: int, n_kv: int) -> tuple[int, int]:
+    """The grid of mha: (blocks of queries, all heads'; splits of a chunk, so many that the card is full once)."""
+    at_once = limits.n_sm * max(1, min(v.blocks, limits.shared_per_sm // (shared + 1024)))
+    blocks = n_head * -(-n_tok // v.queries)
+    return blocks, max(1, min(at_once // blocks, MAX_SPLITS, -(-n_kv // v.tokens)))
+
+
+def chunk_rows(n_kv: int, n_head: int, nope: int, n_v: int) -> int:
+    """Rows that are expanded at once: a multiple of TILE."""
+    least, most = CHUNK_ROWS
+    rows = min(max(CHUNK_BYTES // (2 * n_head * (nope + n_v)), least), most, n_kv)
+    return -(-rows // TILE) * TILE
+
+
+def widen_kernel(type_id: int, type_k: str) -> Kernel:
+    return kernel("widen.cu", "widen_weights", {"TYPE_ID": type_id, "TYPE_K": TYPES_K.index(type_k)})
+
+
+def expand_kernels(type_k: str, kv_lora_rank: int, n_rot: int, nope: int, n_v: int) -> dict[str, Kernel]:
+    defines = {
+        "KV_LORA_RANK": kv_lora_rank, "N_ROT": n_rot, "TYPE_K": TYPES_K.index(type_k), "NOPE": nope, "N_V": n_v,
+    }  # fmt: skip
+    return {name: kernel("expand.cu", name, defines) for name in ("expand", "widen_rows", "rotate_weights")}
+
+
+def kernels(v: Variant, type_k: str, kv_lora_rank: int, n_rot: int, nope: int, n_v: int) -> tuple[Kernel, Kernel]:
+    """mha and mha_combine."""
+    defines = {
+        "KV_LORA_RANK": kv_lora_rank, "N_ROT": n_rot, "TYPE_K": TYPES_K.index(type_k), "NOPE": nope, "N_V": n_v,
+        "M_TILES": v.m_tiles, "WARPS": v.warps, "TOKENS": v.tokens, "BLOCKS": v.blocks,
+        "SHARED_BYTES": v.shared_bytes(nope + n_rot, n_v),
+    }  # fmt: skip
+    return kernel("mha.cu", "mha", defines), kernel("mha.cu", "mha_combine", defines)
+
+
+def queue(
+    run: Any, v: Variant, q: Any, rows: Any, type_k: str, n_past: int, kv_lora_rank: int, n_rot: int, kq_scale: float,
+    w_uk: Weight, w_uv: Weight, norm_weight: Any, out: Any,
+) -> None:  # fmt: skip
+    """As mla_prefill, with its arguments checked."""
+    (n_tok, n_head, n_v), nope = out.shape, w_uk.shape[2]
+    n_kv, n_columns, is_q8 = n_past + n_tok, n_head * (nope + n_v), type_k == "q8"
+    chunk, shared = chunk_rows(n_kv, n_head, nope, n_v), v.shared_bytes(nope + n_rot, n_v)
+    blocks, splits = geometry(run.limits, v, shared, n_tok, n_head, n_kv)
+    weights, as_f32, latents, keys, values, part_out, part_ml = pieces(
+        run, 2 * n_columns * kv_lora_rank, 4 * n_columns * kv_lora_rank * is_q8, 2 * chunk * kv_lora_rank * is_q8,
+        2 * chunk * n_head * nope, 2 * chunk * n_head * n_v, 4 * splits * n_tok * n_head * n_v, 8 * splits * n_tok * n_head,
+    )  # fmt: skip
+    expanding = expand_kernels(type_k, kv_lora_rank, n_rot, nope, n_v)
+    attend, combine = kernels(v, type_k, kv_lora_rank, n_rot, nope, n_v)
+
+    widened = as_f32 if is_q8 else weights
+    _widen(run, w_uk, type_k, widened, transposed=True)
+    _widen(run, w_uv, type_k, widened[n_head * nope * kv_lora_rank * (4 if is_q8 else 2) :], transposed=False)
+    if is_q8:
+        args = (as_f32, norm_weight, weights)
+        run.launch(expanding["rotate_weights"], (n_columns,), 128, 4 * kv_lora_rank, args)
+    for first in range(0, n_kv, chunk):
+        some, n = rows[first:], min(chunk, n_kv - first)
+        n_tiles = -(-n // TILE)
+        latent, stride = some, rows.strides[0]
+        if is_q8:
+            latent, stride = latents, 2 * kv_lora_rank
+            args = (some, wide(rows.strides[0]), n, latents)
+            run.launch(expanding["widen_rows"], (n_tiles * (kv_lora_rank // 8),), 128, 0, args)
+        run.launch(
+            expanding["expand"], (-(-n_columns // TILE), n_tiles), 128, EXPAND_SHARED,
+            (latent, wide(stride), some, wide(rows.strides[0]), n, weights, n_head, keys, values, chunk),
+        )  # fmt: skip
+        run.launch(
+            attend, (blocks, splits), 32 * v.warps, shared,
+            (q, *steps("q", q, 4), keys, values, some, wide(rows.strides[0]), chunk, first, n, n_past, n_tok, n_head,
+             float(kq_scale * LOG2_E), part_out, part_ml),
+        )  # fmt: skip
+    run.launch(combine, (n_tok * n_head,), n_v, 0, (part_out, part_ml, splits, n_head, out, *steps("out", out)))
+
+
+def _widen(run: Any, w: Weight, type_k: str, out: Any, transposed: bool) -> None:
+    (n_head, n_rows, k), f = w.shape, FORMATS[w.type.id]
+    n = n_head * n_rows * (k // (32 if f.is_float else f.step))
+    args = (w.data, *map(wide, w.planes), out, n_head, n_rows, k, int(transposed))
+    run.launch(widen_kernel(f.type_id, type_k), (-(-n // 128),), 128, 0, args)
