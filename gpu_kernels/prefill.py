@@ -1,11 +1,10 @@
 """mla_prefill on the GPU: causal attention of many tokens over the rows of the K-cache, in one of two forms.
 
-    many tokens     K and V of every head, expanded from the rows in chunks           mha.py
-    fewer           absorbed, TOKENS at a time, by mla_decode's kernel                this file
-                    q_nope · W_UK -> queries over rows -> · W_UV
+    MHA mode    K and V of every head, expanded from the rows in chunks             mha.py
+    absorbed    q_nope · W_UK -> mla_decode's kernel over rows -> · W_UV            this file, TOKENS at a time
 
 The absorbed form reads nothing but the rows; it does three times the work at 4,096 tokens (1,088 against 352
-multiplications a head, query and row at 512 + 64). It serves what mha.py does not: Turing, and odd widths of heads.
+multiplications a head, query and row at 512 + 64). It is for a few tokens after many, for Turing, and for odd widths.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def mla_prefill(
         raise ValueError(f"w_uk of {w_uk.shape} and w_uv of {w_uv.shape} for rows of {kv_lora_rank} + {n_rot}")
     if n_tok < 1 or n_past < 0 or n_past + n_tok > rows.shape[0]:
         raise ValueError(f"{n_tok} tokens after {n_past} in a cache of {rows.shape[0]} rows")
-    variant = mha.choose(run.limits, type_k, nope, n_rot, n_v) if n_tok >= mha.MIN_TOKENS else None
-    if variant is not None:
+    variant = mha.choose(run.limits, nope, n_rot, n_v, n_tok, n_past)
+    if variant is not None and mha.pays(n_tok, n_past):
         mha.queue(run, variant, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
     else:
         _absorbed(run, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)

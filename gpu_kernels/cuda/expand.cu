@@ -2,7 +2,7 @@
 //
 //   expand          grid (ceil(columns / 128), ceil(rows / 128)), 128 threads, 96 KB of dynamic shared memory
 //   widen_rows      grid (ceil(rows / 128) * C / 8), 128 threads           q8 only
-//   rotate_weights  grid (columns), 128 threads, 4 C bytes                 q8 only
+//   rotate_weights  grid (ceil(columns * H's blocks / 4)), 128 threads     q8 only
 //
 //   w        (columns, C)   first n_head * NOPE of K: W_UK, transposed; then n_head * N_V of V: W_UV
 //   keys     (n_head, chunk, NOPE)      values  (n_head, chunk, N_V)       rows beyond n, up to a whole 128, are zeros
@@ -15,7 +15,6 @@
 //
 // Defines: KV_LORA_RANK N_ROT TYPE_K (0 f16, 1 bf16, 2 q8) NOPE N_V
 #include "prims.cuh"
-#include "hadamard.cuh"
 
 constexpr int C = KV_LORA_RANK, SCALE_AT = C + 2 * N_ROT;
 constexpr bool IS_Q8 = TYPE_K == 2;
@@ -123,13 +122,42 @@ KERNEL(THREADS, 1, widen_rows)(const u8* __restrict__ rows, i64 row_stride, int 
   ((uint4*)out)[e] = v;
 }
 
-// out (columns, C) = H (weight * w), w (columns, C) f32
-KERNEL(THREADS, 1, rotate_weights)(const float* __restrict__ w, const float* __restrict__ weight, u16* __restrict__ out) {
-  DYN_SMEM(smem);
-  float* v = (float*)smem;
-  w += (i64)blockIdx.x * C;
-  out += (i64)blockIdx.x * C;
-  for (int i = threadIdx.x; i < C; i += THREADS) v[i] = w[i] * weight[i];
-  hadamard<C, THREADS>(v);
-  for (int i = 2 * threadIdx.x; i < C; i += 2 * THREADS) *(u32*)(out + i) = pack2<T>(v[i], v[i + 1]);
+// out (columns, C) = H (weight * w), w (columns, C) f32. A warp takes one of H's blocks: a lane neighbouring values, so that
+// butterflies are within a lane, then between lanes.
+KERNEL(THREADS, 1, rotate_weights)(
+    const float* __restrict__ w, const float* __restrict__ weight, u16* __restrict__ out, int n_columns) {
+  constexpr int BLOCK = C & -C, MINE = BLOCK / 32;
+  static_assert(MINE % 4 == 0, "float4");
+  const int lane = threadIdx.x & 31, block = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
+  if (block >= n_columns * (C / BLOCK)) return;
+  const i64 at = (i64)block * BLOCK + lane * MINE;
+  const float4 *from = (const float4*)(w + at), *gamma = (const float4*)(weight + at % C);
+  float v[MINE];
+#pragma unroll
+  for (int i = 0; i < MINE; i += 4) {
+    const float4 x = from[i / 4], g = gamma[i / 4];
+    v[i] = x.x * g.x;
+    v[i + 1] = x.y * g.y;
+    v[i + 2] = x.z * g.z;
+    v[i + 3] = x.w * g.w;
+  }
+#pragma unroll
+  for (int h = 1; h < MINE; h *= 2)
+#pragma unroll
+    for (int i = 0; i < MINE; i++)
+      if ((i & h) == 0) {
+        const float a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+#pragma unroll
+  for (int h = 1; h < 32; h *= 2)
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      const float other = __shfl_xor_sync(0xffffffffu, v[i], h);
+      v[i] = lane & h ? other - v[i] : v[i] + other;
+    }
+  const float factor = 1.f / sqrtf((float)BLOCK);
+#pragma unroll
+  for (int i = 0; i < MINE; i += 2) ((u32*)(out + at))[i / 2] = pack2<T>(v[i] * factor, v[i + 1] * factor);
 }

@@ -1,7 +1,7 @@
 // Causal attention of many query tokens over a chunk of expanded K and V (expand.cu): MHA mode.
 //
 //   mha          grid (n_head * ceil(tokens / ROWS), splits), 32 WARPS threads, SHARED_BYTES of dynamic shared memory
-//   mha_combine  grid (tokens * n_head), N_V threads
+//   mha_combine  grid (ceil(tokens * n_head * N_V / 512)), 128 threads; a thread takes four values
 //
 //   k[t, h] = [ keys[h, t] | rope of row t ]        NOPE + N_ROT values; the rope is read from the cache's rows
 //
@@ -86,16 +86,11 @@ KERNEL(THREADS, BLOCKS, mha)(
     }
     s_q[r * K_PITCH + (c ^ (r & 7))] = v;
   }
-  // a lane's row for ldmatrix, and where in it the chunks 2k and 2k + 1 are, for k & 3
-  const saddr q_at = smem_addr(s_q + (warp * OF_WARP + (lane & 15)) * K_PITCH);
-  const saddr k_at = smem_addr(s_k + ((lane & 7) + 8 * (lane >> 4)) * K_PITCH);
-  const saddr v_at = smem_addr(s_v + (lane & 15) * V_PITCH);
-  int in_a[4], in_b[4];
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    in_a[k] = 16 * ((2 * k + (lane >> 4)) ^ (lane & 7));
-    in_b[k] = 16 * ((2 * k + (lane >> 3 & 1)) ^ (lane & 7));
-  }
+  // where a lane's chunk for ldmatrix is; the chunk 2k further on, for k < 4, is at ^ 32 k, since rows begin at multiples of 128
+  auto lane_at = [&](const uint4* tile, int pitch, int row, int c) { return smem_addr(tile + row * pitch + (c ^ (row & 7))); };
+  const saddr q_at = lane_at(s_q, K_PITCH, warp * OF_WARP + (lane & 15), lane >> 4);
+  const saddr k_at = lane_at(s_k, K_PITCH, (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1);
+  const saddr v_at = lane_at(s_v, V_PITCH, lane & 15, lane >> 4);
   float o[M_TILES][N_V / 8][4], m[M_TILES][2], l[M_TILES][2];
   auto part_at = [&](int i, int h) {  // of row (i, h) of this lane; -1 beyond the last token
     const int t = q0 + warp * OF_WARP + 16 * i + 8 * h + (lane >> 2);
@@ -134,11 +129,11 @@ KERNEL(THREADS, BLOCKS, mha)(
     for (int k = 0; k < D / 16; k++) {
       u32 a[M_TILES][4];
 #pragma unroll
-      for (int i = 0; i < M_TILES; i++) ldsm_x4(a[i], q_at + in_a[k % 4] + k / 4 * 128 + i * (16 * K_PITCH * 16));
+      for (int i = 0; i < M_TILES; i++) ldsm_x4(a[i], (q_at ^ k % 4 * 32) + k / 4 * 128 + i * (16 * K_PITCH * 16));
 #pragma unroll
       for (int j = 0; j < TOKENS / 16; j++) {
         u32 b[4];
-        ldsm_x4(b, k_at + in_b[k % 4] + k / 4 * 128 + j * (16 * K_PITCH * 16));
+        ldsm_x4(b, (k_at ^ k % 4 * 32) + k / 4 * 128 + j * (16 * K_PITCH * 16));
 #pragma unroll
         for (int i = 0; i < M_TILES; i++) {
           mma16816<T>(s[i][2 * j], a[i], b[0], b[1]);
@@ -148,7 +143,6 @@ KERNEL(THREADS, BLOCKS, mha)(
     }
     cp_async_wait<0>();
     __syncthreads();  // V has landed, and K is used up
-    if (t + 1 < t_end) load_k(t + 1);
     if (t * TOKENS + TOKENS - 1 > mine) {  // not all of it is seen by all
 #pragma unroll
       for (int i = 0; i < M_TILES; i++)
@@ -160,6 +154,7 @@ KERNEL(THREADS, BLOCKS, mha)(
             if (tok > mine + 16 * i + 8 * (e >> 1) + (lane >> 2)) s[i][j][e] = NEG_INF;
           }
     }
+    u32 p[M_TILES][TOKENS / 16][4];
 #pragma unroll
     for (int i = 0; i < M_TILES; i++) {
       float fade[2];
@@ -182,6 +177,11 @@ KERNEL(THREADS, BLOCKS, mha)(
         }
         l[i][h] = l[i][h] * fade[h] + sum;
       }
+#pragma unroll
+      for (int k = 0; k < TOKENS / 16; k++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          p[i][k][e] = pack2<T>(s[i][2 * k + e / 2][2 * (e & 1)], s[i][2 * k + e / 2][2 * (e & 1) + 1]);
       if (__any_sync(0xffffffffu, fade[0] != 1.f || fade[1] != 1.f)) {
 #pragma unroll
         for (int j = 0; j < N_V / 8; j++) {
@@ -192,21 +192,17 @@ KERNEL(THREADS, BLOCKS, mha)(
         }
       }
     }
+    if (t + 1 < t_end) load_k(t + 1);
 #pragma unroll
     for (int k = 0; k < TOKENS / 16; k++) {
-      u32 p[M_TILES][4];
-#pragma unroll
-      for (int i = 0; i < M_TILES; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) p[i][e] = pack2<T>(s[i][2 * k + e / 2][2 * (e & 1)], s[i][2 * k + e / 2][2 * (e & 1) + 1]);
 #pragma unroll
       for (int j = 0; j < N_V / 16; j++) {
         u32 b[4];
-        ldsm_x4_t(b, v_at + in_a[j % 4] + j / 4 * 128 + k * (16 * V_PITCH * 16));
+        ldsm_x4_t(b, (v_at ^ j % 4 * 32) + j / 4 * 128 + k * (16 * V_PITCH * 16));
 #pragma unroll
         for (int i = 0; i < M_TILES; i++) {
-          mma16816<T>(o[i][2 * j], p[i], b[0], b[1]);
-          mma16816<T>(o[i][2 * j + 1], p[i], b[2], b[3]);
+          mma16816<T>(o[i][2 * j], p[i][k], b[0], b[1]);
+          mma16816<T>(o[i][2 * j + 1], p[i][k], b[2], b[3]);
         }
       }
     }
@@ -229,19 +225,29 @@ KERNEL(THREADS, BLOCKS, mha)(
 }
 
 // out = sum of the splits' outputs by 2^(m - greatest m), divided by that of their sums
-KERNEL(N_V, 1, mha_combine)(
-    const float* __restrict__ part_out, const float2* __restrict__ part_ml, int n_splits, int n_head, float* __restrict__ out,
-    i64 out_tok, i64 out_head) {
-  const i64 of_split = gridDim.x;
-  part_ml += blockIdx.x;
-  part_out += (i64)blockIdx.x * N_V + threadIdx.x;
-  float top = NEG_INF, sum = 0.f, v = 0.f;
-  for (int s = 0; s < n_splits; s++) top = fmaxf(top, part_ml[s * of_split].x);
+KERNEL(128, 1, mha_combine)(
+    const float4* __restrict__ part_out, const float2* __restrict__ part_ml, int n_splits, int n_tok, int n_head,
+    float* __restrict__ out, i64 out_tok, i64 out_head) {
+  const int e = blockIdx.x * 128 + threadIdx.x, lane = e / (N_V / 4), lanes = n_tok * n_head;  // token and head
+  if (lane >= lanes) return;
+  float top = NEG_INF, sum = 0.f;
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int s = 0; s < n_splits; s++) top = fmaxf(top, part_ml[(i64)s * lanes + lane].x);
+#pragma unroll 4
   for (int s = 0; s < n_splits; s++) {
-    const float2 ml = part_ml[s * of_split];
+    const float2 ml = part_ml[(i64)s * lanes + lane];
+    const float4 x = part_out[(i64)s * lanes * (N_V / 4) + e];
     const float weight = ex2(ml.x - top);
     sum += weight * ml.y;
-    v += weight * part_out[s * of_split * N_V];
+    v.x += weight * x.x;
+    v.y += weight * x.y;
+    v.z += weight * x.z;
+    v.w += weight * x.w;
   }
-  out[blockIdx.x / n_head * out_tok + blockIdx.x % n_head * out_head + threadIdx.x] = v / sum;
+  float* to = out + lane / n_head * out_tok + lane % n_head * out_head + e % (N_V / 4) * 4;
+  const float inverse = 1.f / sum;
+  to[0] = v.x * inverse;
+  to[1] = v.y * inverse;
+  to[2] = v.z * inverse;
+  to[3] = v.w * inverse;
 }

@@ -12,7 +12,7 @@ typedef long long i64;
 
 #define KERNEL(threads, blocks_per_sm, name) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm) name
 #define DEVICE __device__ __forceinline__
-#define DYN_SMEM(name) extern __shared__ uint4 name[]
+#define DYN_SMEM(name) extern __shared__ __align__(128) uint4 name[]
 struct F16 { enum { is_bf16 = 0 }; };
 struct BF16 { enum { is_bf16 = 1 }; };
 

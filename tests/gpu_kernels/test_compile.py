@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_kernels import _compile
+from gpu_kernels import _compile, mha
 from gpu_kernels._compile import Kernel, Usage, compile_only, kernel
 from gpu_kernels.attention import VARIANTS, choose
 from gpu_kernels.attention import kernels as decode_kernels
@@ -32,6 +32,7 @@ from gpu_kernels.router import ROUTE
 matmul = importlib.import_module("gpu_kernels.matmul")
 LAYOUTS = [(512, 64), (256, 64), (256, 32), (128, 32)]
 LANES = [16, 32, 128]
+HEADS = [(512, 64, 128, 128), (512, 64, 192, 256), (256, 32, 64, 64), (256, 64, 64, 128)]  # rank, n_rot, nope, n_v
 Case = tuple[Kernel, int, int]  # a kernel, a card's sm, dynamic shared memory
 
 
@@ -57,13 +58,30 @@ def others(card: Limits, layouts: list[tuple[int, int]]) -> Iterator[Case]:
                 yield v.kernel(card, f), card.sm, v.shared_bytes(card, f)
 
 
+def expanded(card: Limits, heads: list[tuple[int, int, int, int]], types: list[str]) -> Iterator[Case]:
+    for rank, n_rot, nope, n_v in heads if card.has_bf16 else ():
+        for type_k in types:
+            yield mha.expand_kernels(type_k, rank, n_rot, nope, n_v)["expand"], card.sm, mha.EXPAND_SHARED
+            for variant in {mha.choose(card, nope, n_rot, n_v, 512, n_past) for n_past in (0, 8192)} - {None}:
+                shared = variant.shared_bytes(nope + n_rot, n_v)
+                yield mha.kernels(variant, type_k, rank, n_rot, nope, n_v)[0], card.sm, shared
+
+
+def widenings(card: Limits) -> Iterator[Case]:
+    yield from ((mha.widen_kernel(f, t), card.sm, 0) for f in FORMATS for t in TYPES_K if card.has_bf16)
+
+
 QUICK = [
     *(case for card in CARDS.values() for case in decodes(card, [LAYOUTS[card.sm < 80]], ["f16", "q8"], [16, 128])),
     *(case for sm in (75, 120) for case in others(CARDS[sm], [(512, 64)])),
+    *(case for sm in (80, 90, 120) for case in expanded(CARDS[sm], HEADS[:2], ["f16"])),
+    *((mha.widen_kernel(f, t), 90, 0) for f, t in ((0, "f16"), (8, "bf16"), (12, "q8"))),
 ]
 ALL = [
     *(case for card in CARDS.values() for case in decodes(card, LAYOUTS, list(TYPES_K), LANES)),
     *(case for card in CARDS.values() for case in others(card, LAYOUTS)),
+    *(case for card in CARDS.values() for case in expanded(card, HEADS, list(TYPES_K))),
+    *(case for card in CARDS.values() for case in widenings(card)),
 ]
 
 
@@ -99,6 +117,8 @@ def check(case: Case, usages: dict[str, Usage] | Exception) -> None:
         assert usage.shared + shared <= card.shared_per_block
     if unit.file == "mla_decode.cu":
         assert usages["mla_split"].registers * 256 <= 65_536
+    if unit.file == "mha.cu":
+        assert usages["mha"].registers * 32 * dict(unit.defines)["WARPS"] * dict(unit.defines)["BLOCKS"] <= 65_536
 
 
 @pytest.mark.parametrize(

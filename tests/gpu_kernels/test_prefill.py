@@ -30,8 +30,8 @@ instances(k for t in TYPES_K for n in (2, 18, 128)
 instances([row_kernels("q8", RANK, N_ROT)["rotate_heads"]])
 instances(matmul.matvec(t, n) for t in (F32, Q8_0) for n in (1, 4))
 instances([matmul.VARIANTS[-1].kernel(CARDS[90], Q8_0)])
-instances(mha.widen_kernel(w, t) for t, w in (
-    *((t, F32) for t in TYPES_K), ("f16", F16), ("bf16", BF16), ("f16", Q8_0), ("q8", Q8_0), ("f16", Q4_K), ("q8", Q4_K)))  # fmt: skip
+WIDENED = {"f16": (F32, F16, Q8_0, Q4_K), "bf16": (F32, BF16), "q8": (F32, Q8_0, Q4_K)}
+instances(mha.widen_kernel(w, t) for t, some in WIDENED.items() for w in some)
 SHAPES = [(t, RANK, N_ROT, NOPE, N_V) for t in TYPES_K] + [("f16", 256, 16, 96, 160), ("q8", 256, 16, 96, 160)]
 instances(mha.expand_kernels(*shape)["expand"] for shape in SHAPES)
 instances(mha.kernels(v, *shape)[0] for shape in SHAPES for v in mha.VARIANTS if v.m_tiles * shape[-1] <= 256)
@@ -70,13 +70,18 @@ def names(run: ShimRun) -> list[str]:
 # -------------------------------------------------------------------------------------------- absorbed, a few tokens
 
 
+@pytest.fixture
+def absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past: False)
+
+
 @pytest.mark.parametrize("n_tok, n_past", [(1, 0), (9, 37), (TOKENS + 9, 3)])
 @pytest.mark.parametrize("type_k", TYPES_K)
-def test_prefill_is_the_reference_s(type_k: str, n_tok: int, n_past: int) -> None:
+def test_absorbed_prefill_is_the_reference_s(absorbed: None, type_k: str, n_tok: int, n_past: int) -> None:
     assert "mla_split" in names(check(type_k, n_tok, n_past, NMSE[type_k]))
 
 
-def test_quantised_up_projections() -> None:
+def test_quantised_up_projections(absorbed: None) -> None:
     check("f16", TOKENS + 1, 0, 1e-3, uk=Q8_0, uv=Q8_0)
 
 
@@ -89,13 +94,13 @@ def test_a_token_beyond_the_cache_is_refused() -> None:
         mla_prefill(run, q, cache, "f16", 6, RANK, N_ROT, 1.0, w_uk, w_uv, gamma, out)
 
 
-# ----------------------------------------------------------------------------------------- expanded, from MIN_TOKENS
+# --------------------------------------------------------------------------------------------------------- MHA mode
 
 
 @pytest.fixture
 def any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens in MHA mode too, and chunks of 128 rows."""
-    monkeypatch.setattr(mha, "MIN_TOKENS", 1)
+    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past: True)
     monkeypatch.setattr(mha, "CHUNK_ROWS", (128, 128))
     monkeypatch.setattr(mha, "CHUNK_BYTES", 0)
 
@@ -117,12 +122,20 @@ def test_any_order_of_threads(any_number: None, type_k: str, order: int) -> None
     ("f16", F16, Q4_K), ("bf16", BF16, F32), ("f16", Q8_0, Q8_0), ("q8", Q8_0, Q4_K),
 ])  # fmt: skip
 def test_weights_of_any_type(any_number: None, type_k: str, uk: int, uv: int) -> None:
-    check(type_k, 20, 150, NMSE[type_k], uk, uv, shape=(256, 16, 96, 160) if Q4_K in (uk, uv) else (RANK, N_ROT, NOPE, N_V))
+    check(
+        type_k,
+        20,
+        150,
+        NMSE[type_k],
+        uk,
+        uv,
+        shape=(256, 16, 96, 160) if Q4_K in (uk, uv) else (RANK, N_ROT, NOPE, N_V),
+    )
 
 
 @pytest.mark.parametrize("variant", mha.VARIANTS)
 def test_every_variant(any_number: None, variant: mha.Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mha, "VARIANTS", (variant,))
+    monkeypatch.setattr(mha, "choose", lambda *args: variant)
     check("f16", 150, 60, NMSE["f16"])
 
 
@@ -134,17 +147,37 @@ def test_any_number_of_splits(any_number: None, n_sm: int) -> None:
     assert grids == {(N_HEAD, {1: 1, 3: 3, 80: 5}[n_sm])}
 
 
-def test_a_long_prompt_takes_the_expanded_form_but_not_on_turing() -> None:
-    assert "mha" in names(check("f16", mha.MIN_TOKENS, 10, NMSE["f16"]))
-    assert mha.choose(CARDS[75], "f16", 128, 64, 128) is None
+@pytest.mark.parametrize(
+    "n_head, n_tok, splits", [(16, 512, 4), (20, 512, 3), (128, 512, 1), (16, 4096, 1), (40, 512, 3)]
+)
+def test_splits_fill_the_card(n_head: int, n_tok: int, splits: int) -> None:
+    v = mha.Variant(2, 4, 64, 2)
+    assert mha.geometry(CARDS[90], v, v.shared_bytes(192, 128), n_tok, n_head, 8192)[1] == splits
 
 
+@pytest.mark.parametrize(
+    "n_tok, n_past, is_mha", [(17, 0, True), (17, 1500, False), (64, 8000, False), (65, 8000, True)]
+)
+def test_the_form_is_chosen_by_the_numbers_of_tokens(n_tok: int, n_past: int, is_mha: bool) -> None:
+    assert mha.pays(n_tok, n_past) == is_mha
+
+
+def test_turing_has_the_absorbed_form_alone() -> None:
+    assert mha.choose(CARDS[75], 128, 64, 128, 512, 0) is None
+
+
+@pytest.mark.parametrize("n_tok, n_past", [(512, 0), (512, 8192), (17, 100)])
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("nope, n_rot, n_v", [(128, 64, 128), (64, 32, 64), (192, 64, 256), (64, 64, 128)])
-def test_every_model_has_a_variant_on_every_card(sm: int, nope: int, n_rot: int, n_v: int) -> None:
-    assert mha.choose(CARDS[sm], "q8", nope, n_rot, n_v) is not None
+def test_every_model_has_a_variant_on_every_card(
+    sm: int, nope: int, n_rot: int, n_v: int, n_tok: int, n_past: int
+) -> None:
+    v = mha.choose(CARDS[sm], nope, n_rot, n_v, n_tok, n_past)
+    assert v is not None and v.queries == (128 if n_past > n_tok > 64 and n_v <= 128 else 64)
 
 
-@pytest.mark.parametrize("n_kv, n_head, expected", [(5, 16, 128), (3000, 16, 3072), (100_000, 16, 4096), (100_000, 128, 2048)])
+@pytest.mark.parametrize(
+    "n_kv, n_head, expected", [(5, 16, 128), (3000, 16, 3072), (100_000, 16, 16_384), (100_000, 128, 2048)]
+)
 def test_chunks_are_bounded(n_kv: int, n_head: int, expected: int) -> None:
     assert mha.chunk_rows(n_kv, n_head, 128, 128) == expected
