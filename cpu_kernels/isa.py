@@ -32,6 +32,7 @@ class Isa:
     avx2: bool
     avx512: bool  # 512-bit vectors with byte and word operations
     vnni512: bool  # vpdpbusd and vpdpwssd on 512 bits
+    gfni512: bool  # vgf2p8affineqb and vpermb on 512 bits
     avxvnni: bool  # vpdpbusd on 256 bits
     bf16: bool  # vdpbf16ps on 512 bits
     dotprod: bool  # sdot of bytes on 128 bits (AArch64)
@@ -66,6 +67,7 @@ def _isa(name: str, features: frozenset[str]) -> Isa:
         avx2="avx2" in features,
         avx512=avx512,
         vnni512=avx512 and "avx512vnni" in features,
+        gfni512=avx512 and "gfni" in features and "avx512vbmi" in features,
         avxvnni="avxvnni" in features,
         bf16=avx512 and "avx512bf16" in features,
         dotprod="dotprod" in features or name.startswith("apple-m"),  # macOS may list no features

@@ -7,12 +7,15 @@ One file per family of formats, with the block drawn in its docstring. A format 
 
 and, where int8 panels of it are worth having, a third, `codes`: 64 codes at a time, with their scales.
 
-Activations in int8 come in two layouts, both in natural order:
+Activations in int8 come in three layouts:
 
-    q8_256  for formats with blocks of 256; a row is k / 256 records of 320 bytes
-            | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused |
-    q8_32   for formats with blocks of 32; a row is padded with zeros to a multiple of 128 values
-            | int8 values | of each 128: 4 f32 scales, 4 f32 scale · sum of its 32 | unused up to 64 bytes |
+    q8_256      for formats with blocks of 256; a row is k / 256 records of 320 bytes
+                | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused |
+    q8_nibbles  for Q4_K and Q5_K; the same, but 32 values at a time lie in the order 0 2 1 3 4 6 5 7, as the low and
+                the high nibbles of 64 bytes of theirs do
+                | 256 int8 | 8 int16: sums of 32, in natural order | 8 zeros | f32 scale | 28 bytes unused |
+    q8_32       for formats with blocks of 32; a row is padded with zeros to a multiple of 128 values
+                | int8 values | of each 128: 4 f32 scales, 4 f32 scale · sum of its 32 | unused up to 64 bytes |
 
 A row of q8_256 needs no shorter scale, since such weights share one f16 scale per 256 as well; q8_32 exists because
 rows of 1408 or 10944 values have no blocks of 256. Every format but F32, F16 and BF16 has an int8 dot.
@@ -61,7 +64,7 @@ class Format:
     type_id: int
     block: int  # values per block; 32 for the plain floats
     nbytes: int  # bytes per block
-    activation: str  # what row_sums reads: 'f32', 'q8_256' or 'q8_32'
+    activation: str  # what row_sums reads: 'f32', 'q8_256', 'q8_nibbles' or 'q8_32'
     family: str  # the module of its code
     codes: Codes | None = None  # what int8 panels are made of; None: there is no such code
 
@@ -79,8 +82,8 @@ FORMATS: dict[int, Format] = {
         Format("Q8_0", 8, 32, 34, "q8_32", "q8", Codes(32, 128, 255)),
         Format("Q2_K", 10, 256, 84, "q8_256", "q2_k"),
         Format("Q3_K", 11, 256, 110, "q8_256", "q3_k", Codes(16, 4, 7)),
-        Format("Q4_K", 12, 256, 144, "q8_256", "q4_k", Codes(32, None, 15)),
-        Format("Q5_K", 13, 256, 176, "q8_256", "q4_k", Codes(32, None, 31)),
+        Format("Q4_K", 12, 256, 144, "q8_nibbles", "q4_k", Codes(32, None, 15)),
+        Format("Q5_K", 13, 256, 176, "q8_nibbles", "q4_k", Codes(32, None, 31)),
         Format("Q6_K", 14, 256, 210, "q8_256", "q6_k", Codes(16, 32, 63)),
         Format("IQ4_NL", 20, 32, 18, "q8_32", "iq4", Codes(32, 128, 255)),
         Format("IQ4_XS", 23, 256, 136, "q8_256", "iq4", Codes(32, 128, 255)),
@@ -138,7 +141,7 @@ def row_sums(type_id: int, n: int = 1) -> Any:
     """A device function (w, w_row, m, xs, k, sums): m weight rows times n activation rows. Imports Numba.
 
     w, w_row  address of the first weight row, bytes to the next; m <= 16
-    xs        n addresses, of rows of k f32 or of q8_256 or q8_32 records, as FORMATS says
+    xs        n addresses, of rows of k f32 or of records, as FORMATS says
     sums      (n, 16, 16) f32, written for each of n and m: a product is the sum of 16
 
     Nothing after a weight row is read.

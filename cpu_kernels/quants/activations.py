@@ -1,4 +1,4 @@
-"""Activations in int8: q8_256 and q8_32, drawn in the package's docstring.
+"""Activations in int8: q8_256, q8_nibbles and q8_32, drawn in the package's docstring.
 
     scale = max |x| / 127 over the block,  q = round_to_nearest_even(x / scale)
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .._jit import kernel
 
-BLOCK_256 = 320  # bytes of a q8_256 record
+BLOCK_256 = 320  # bytes of a q8_256 or q8_nibbles record
 SUMS, SCALE = 256, 288  # where in it
 CHUNK = 2048  # values per tile
 
@@ -22,7 +22,7 @@ def record_bytes(activation: str, k: int) -> int:
     """Bytes of an activation row of k values."""
     if activation == "f32":
         return 4 * k
-    if activation == "q8_256":
+    if activation in ("q8_256", "q8_nibbles"):
         return k // 256 * BLOCK_256
     assert activation == "q8_32", activation
     return ((k + 127) // 128 * 160 + 63) // 64 * 64
@@ -31,12 +31,12 @@ def record_bytes(activation: str, k: int) -> int:
 def quantise_rows(run: Any, activation: str, x: np.ndarray, out: np.ndarray) -> None:
     """Queue the quantisation of rows.
 
-    activation  'q8_256' (k a multiple of 256) or 'q8_32' (of 32)
+    activation  'q8_256' or 'q8_nibbles' (k a multiple of 256), or 'q8_32' (of 32)
     x           (n_rows, k) or (n_tok, n_head, k) f32, last axis contiguous, leading strides free
     out         (n_rows or n_tok * n_head, record_bytes(activation, k)) u8, C-contiguous, written
     """
     k = x.shape[-1]
-    block = 256 if activation == "q8_256" else 32
+    block = 32 if activation == "q8_32" else 256
     n_rows = x.size // k if k else 0
     record = record_bytes(activation, k)
     if x.dtype != np.float32 or x.ndim not in (2, 3) or x.strides[-1] != 4:
@@ -46,15 +46,17 @@ def quantise_rows(run: Any, activation: str, x: np.ndarray, out: np.ndarray) -> 
     if out.dtype != np.uint8 or out.size != n_rows * record or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous uint8 ({n_rows}, {record})")
     n_inner, inner = (x.shape[1], x.strides[1]) if x.ndim == 3 else (1, 0)
-    code = quantise_256() if activation == "q8_256" else quantise_32()
+    code = quantise_32() if activation == "q8_32" else quantise_256(nibbles=activation == "q8_nibbles")
     chunks = (k + CHUNK - 1) // CHUNK
     run.launch(code, n_rows * chunks, (x, x.strides[0], inner, n_inner, k, out, record))
 
 
 @kernel
-def quantise_256():
+def quantise_256(nibbles):
     """A tile is CHUNK values of a row."""
-    from .quantise_blocks import block_256
+    from .quantise_blocks import block_256, block_nibbles
+
+    block = block_nibbles if nibbles else block_256
 
     def body(tile, scratch, x, outer, inner, n_inner, k, out, record):
         chunks = (k + CHUNK - 1) // CHUNK
@@ -62,7 +64,7 @@ def quantise_256():
         x += row // n_inner * outer + row % n_inner * inner
         out += row * record
         for i in range(first, min(first + CHUNK, k), 256):
-            block_256(x + 4 * i, out + i // 256 * BLOCK_256)
+            block(x + 4 * i, out + i // 256 * BLOCK_256)
 
     return body
 

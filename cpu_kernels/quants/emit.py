@@ -51,6 +51,8 @@ def fields(b, packed, shifts, mask):
     neighbour must be masked away, so mask << shift must fit a byte.
     """
     n = packed.type.count
+    if n == 64 and ISA.gfni512 and any(shifts):
+        return affine(b, packed, [_shift_and_mask(s, mask) for s in shifts for _ in range(8 // len(shifts))])
     lanes = V(I32, n // 4)
     x = b.bitcast(packed, lanes)
     per = [s for s in shifts for _ in range(n // 4 // len(shifts))]
@@ -59,6 +61,22 @@ def fields(b, packed, shifts, mask):
     if any(s < 0 for s in per):
         x = b.shl(x, ir.Constant(lanes, [max(-s, 0) for s in per]))
     return b.and_(b.bitcast(x, packed.type), const_i(mask, n, I8))
+
+
+def affine(b, x, matrices):
+    """64 bytes, each times the bit matrix of its eight: byte 7 - i of that says which bits make bit i. ISA.gfni512.
+
+    One instruction that shifts bytes and masks them, in pipes that unpacking leaves free. One Zen 4 core out of the
+    second cache, one token, cycles for 256 weights: Q5_0 28.8 -> 23.8, Q3_K 27.3 -> 24.2, Q4_0 21.3 -> 19.1.
+    """
+    matrices = b.bitcast(ir.Constant(V(I64, 8), matrices), x.type)
+    return call(b, "llvm.x86.vgf2p8affineqb.512", x.type, [x, matrices, ir.Constant(I8, 0)])
+
+
+def _shift_and_mask(shift, mask):
+    """The bit matrix of (byte >> shift) & mask."""
+    bits = [i for i in range(8) if mask >> i & 1 and 0 <= i + shift < 8]
+    return sum(1 << i + shift + 8 * (7 - i) for i in bits)
 
 
 def nibbles(b, *addresses):

@@ -33,6 +33,21 @@ def block_256(b, x, out):
     store(b, scale, offset(b, out, SCALE))
 
 
+@instruction(types.void, A, A)
+def block_nibbles(b, x, out):
+    """256 floats -> a q8_nibbles record"""
+    scale, q = _quantise(b, x, 16)
+    for i, v in enumerate(q):
+        group = i // 2
+        at = group // 4 * 4 + (0, 2, 1, 3)[group % 4]
+        store(b, b.trunc(v, V(I8, W)), offset(b, out, 32 * at + 16 * (i % 2)))
+    for i in range(8):
+        total = call(b, "llvm.vector.reduce.add.v16i32", VI.element, [b.add(*q[2 * i : 2 * i + 2])])
+        store(b, b.trunc(total, I16), offset(b, out, SUMS + 2 * i))
+    store(b, ir.Constant(V(I16, 8), None), offset(b, out, SUMS + 16))
+    store(b, scale, offset(b, out, SCALE))
+
+
 @instruction(types.void, A, A, A)
 def block_32(b, x, out, factors):
     """32 floats -> 32 int8, a scale, and 16 bytes behind it scale · their sum"""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SIMPLEST = {"avx2": False, "avx512": False, "vnni512": False, "bf16": False}
+SIMPLEST = {"avx2": False, "avx512": False, "vnni512": False, "gfni512": False, "bf16": False}
 CPUS = {"dotprod": SIMPLEST | {"dotprod": True}, "avxvnni": SIMPLEST | {"avx2": True, "avxvnni": True}}
 
 

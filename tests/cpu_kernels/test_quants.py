@@ -160,7 +160,7 @@ def test_int8_dot_is_exact_for_the_quantised_activations(type_id):
     for k in sizes(type_id):
         weights = random_weights(type_id, 7, k, seed=k)
         x = np.random.default_rng(k).standard_normal(k).astype(np.float32)
-        block = 256 if FORMATS[type_id].activation == "q8_256" else 32
+        block = 32 if FORMATS[type_id].activation == "q8_32" else 256
         groups = x.reshape(-1, block).astype(np.float64)
         scale = np.abs(groups).max(1, keepdims=True) / 127
         rounded = (np.rint(groups / scale) * scale).reshape(-1)
@@ -177,7 +177,7 @@ def test_int8_dot_is_near_the_exact_one(type_id):
     x = np.random.default_rng(1).standard_normal(k).astype(np.float32)
     exact = dequantise(type_id, weights).astype(np.float64) @ x
     # rms error over rms: 0.7 % measured with a scale per 256, 0.5 % with one per 32; doubled
-    limit = {"q8_256": 1.4e-2, "q8_32": 1e-2}[FORMATS[type_id].activation]
+    limit = 1e-2 if FORMATS[type_id].activation == "q8_32" else 1.4e-2
     assert_close(dots(type_id, weights, x), exact, atol=np.inf, nmse=limit**2)
 
 
@@ -199,7 +199,7 @@ def test_a_row_has_the_same_sums_beside_others(type_id, n):
         assert np.array_equal(sums(type_id, n, weights, x, k), alone)
 
 
-@pytest.mark.parametrize("activation", ["q8_256", "q8_32"])
+@pytest.mark.parametrize("activation", ["q8_256", "q8_nibbles", "q8_32"])
 def test_extreme_codes_do_not_saturate(activation):
     """All weights and activations at their limits: sums of pairs must not clip at 16 bits."""
     for f in FORMATS.values():
@@ -217,7 +217,7 @@ def test_extreme_codes_do_not_saturate(activation):
                 assert_close(dots(f.type_id, weights, x), exact, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize(("activation", "k"), [("q8_256", 2304), ("q8_32", 32), ("q8_32", 2144)])
+@pytest.mark.parametrize(("activation", "k"), [("q8_256", 2304), ("q8_nibbles", 2304), ("q8_32", 32), ("q8_32", 2144)])
 def test_rows_with_heads_and_strides_quantise_as_plain_rows(activation, k):
     x = np.random.default_rng(0).standard_normal((3, 5, k + 64)).astype(np.float32)
     x[1, 2, :256] = 0
