@@ -44,14 +44,15 @@ def signed(b, v):
     return b.sitofp(b.sext(v, VI), VF)
 
 
-def fields(b, packed, shifts, mask):
+def fields(b, packed, shifts, mask, then_or=False):
     """Bit fields of bytes: part i of `packed` (of len(shifts) equal parts) shifted right by shifts[i], and masked.
 
     Negative shifts go left. Shifted as 32-bit lanes (x86 has no shifts of bytes): what crosses into a byte from its
-    neighbour must be masked away, so mask << shift must fit a byte.
+    neighbour must be masked away, so mask << shift must fit a byte. then_or: an `or` follows, of which x86 makes one
+    instruction together with the mask.
     """
     n = packed.type.count
-    if n == 64 and ISA.gfni512 and any(shifts):
+    if n == 64 and ISA.gfni512 and (len(set(shifts)) > 1 or (any(shifts) and not then_or)):
         return affine(b, packed, [_shift_and_mask(s, mask) for s in shifts for _ in range(8 // len(shifts))])
     lanes = V(I32, n // 4)
     x = b.bitcast(packed, lanes)
@@ -114,16 +115,15 @@ def add_scaled_sums(b, total, u, x, scales, group):
     return quad_sums(b, pair_sums(b, u, x), take(b, scales, [group(j // 2) for j in range(32)]), total)
 
 
-def scaled_quads(b, codes, x, scales, group):
-    """codes: vectors of 64, 0..63, times the activations at x and scales <n x i16> -> 16 i32. Only if ISA.vnni512.
+def scaled_quads(b, codes, x, scales, group, total=None):
+    """codes: vectors of 64, 0..63, times the activations at x and scales <n x i16> -> total, 16 i32, plus their sums.
 
     group(i, j) is the scale of codes 4j..4j+3 of vector i. A sum of four products fits 16 bits, so those of two vectors
     are packed together before they meet their scales: 3 multiplications and 1 shuffle of scales per 128 codes, where
     add_scaled_sums has 4 and 2. Q4_K out of the second cache of a Zen 4 core, with minima summed apart: 23.1 -> 25.8
-    GB/s.
+    GB/s. Only if ISA.vnni512.
     """
     quads = [dot_unsigned(b, u, load(b, offset(b, x, 64 * i), V(I8, 64))) for i, u in enumerate(codes)]
-    total = None
     for i in range(0, len(quads), 2):
         packed = call(b, "llvm.x86.avx512.packssdw.512", V(I16, 32), quads[i : i + 2])
         lanes = [group(i + e // 4 % 2, e // 8 * 4 + e % 4) for e in range(32)]

@@ -51,7 +51,8 @@ def _scales(b, w):
 def _codes(b, w, high):
     """Yields four vectors of 64 codes, in the order of q8_nibbles; high: whether there are fifth bits."""
     for i in range(4):
-        q = fields(b, load(b, offset(b, w, (48 if high else 16) + i // 2 * 64), V(I8, 64)), (i % 2 * 4,), 15)
+        qs = load(b, offset(b, w, (48 if high else 16) + i // 2 * 64), V(I8, 64))
+        q = fields(b, qs, (i % 2 * 4,), 15, then_or=high)
         if high:
             qh, sub = load(b, offset(b, w, 16), V(I8, 32)), _sub(i, 0)
             q = b.or_(q, fields(b, concat(b, qh, qh), (sub - 4, sub - 2), 16))
