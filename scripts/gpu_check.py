@@ -330,16 +330,15 @@ def seconds(run: Any, calls: Sequence[Callable[[], None]], repeats: int = 7) -> 
 
     for call in calls:
         call()
-    run.sync()
-    run.stream.begin_capture()
-    for call in calls:
-        call()
-    graph = run.stream.end_capture()
+    tape = run.take()
+    for _ in range(2):  # compiled, then captured
+        run.replay(tape)
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
     times = []
     for _ in range(repeats + 2):
         start.record(run.stream)
-        graph.launch(run.stream)
+        for part in tape.parts:
+            part()
         end.record(run.stream)
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / len(calls))

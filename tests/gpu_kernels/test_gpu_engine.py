@@ -30,7 +30,7 @@ matmul = importlib.import_module("gpu_kernels.matmul")
 instances(k for t in TYPES_K for n in (3, 12) for k in decode_kernels(choose(CARDS[90], t, 128, 32, n), t, 128, 32))
 instances(row_kernels(t, 128, 32)["k_store"] for t in TYPES_K)
 instances(matmul.matvec(f, n) for f in (0, 8) for n in (1, 4))
-instances([matmul.gemm(8)])
+instances([matmul.VARIANTS[-1].kernel(CARDS[90], 8)])
 
 PROMPT, MORE = [3, 141, 59, 26], [5]
 SHAPE = Shape(n_ctx=64, type_k="q8", n_ubatch=32, min_mha_tokens=64)  # of open_on
