@@ -26,7 +26,7 @@ What the host does with arrays is in host.py, and in arrays.py of gpu_kernels, u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +46,7 @@ class Backend:
     card     its limits, as gpu_kernels has them; None on the CPU
     dry      of a card: the ops with runs that execute nothing, but tell what memory they would take
     experts_on_cpu   the routed experts' weights stay where they are
+    n_ubatch   tokens of a prompt that are computed together, unless a user says otherwise
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backend:
     card: Any = None
     dry: Any = None
     experts_on_cpu: bool = False
+    n_ubatch: int = 512
 
 
 class DryOps:
@@ -88,7 +90,7 @@ def gpu() -> Backend:
 
 
 def on_card(ops: ModuleType, card: Any) -> Backend:
-    return Backend("gpu", ops, ops.arrays, card, DryOps(ops, card))
+    return Backend("gpu", ops, ops.arrays, card, DryOps(ops, card), n_ubatch=2048)
 
 
 def hybrid(of_card: Backend) -> Backend:
@@ -96,7 +98,7 @@ def hybrid(of_card: Backend) -> Backend:
     from .hybrid import HybridOps
 
     ops, dry = (HybridOps(ops, cpu().ops) for ops in (of_card.ops, of_card.dry))
-    return Backend("gpu, experts on the CPU", ops, of_card.arrays, of_card.card, dry, experts_on_cpu=True)
+    return replace(of_card, name="gpu, experts on the CPU", ops=ops, dry=dry, experts_on_cpu=True)
 
 
 def candidates(backend: str, experts: str | None, has_experts: bool) -> list[Backend]:

@@ -32,7 +32,7 @@ def run(
     path: str | os.PathLike[str] | None = None,
     *,
     n_prompt: Sequence[int] = (512,),
-    n_ubatch: int = 512,
+    n_ubatch: int | None = None,
     n_gen: int = 32,
     depths: Sequence[int] = (0,),
     threads: Sequence[int] = (0,),

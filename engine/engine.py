@@ -37,7 +37,7 @@ class Engine(Stream):
     n_ctx      tokens that the cache holds; None: the smaller of the model's own and 4,096. Memory is taken as it fills
     type_k     'f16' | 'bf16' | 'q8': how the cache keeps its rows
     n_threads  None: one for each physical core
-    n_ubatch   tokens of a prompt that are computed together
+    n_ubatch   tokens of a prompt that are computed together; None: 512 on the CPU, 2,048 on a card
     min_mha_tokens   steps of so many tokens expand K and V from the cache (MHA mode), shorter ones absorb (MQA mode)
     prefix_bytes     memory for prompts that streams come back to (prefixes.py); 0: none
     backend    'cpu' | 'gpu' | 'auto': the card if there is one that the model fits, with or without its experts
@@ -57,7 +57,7 @@ class Engine(Stream):
         n_ctx: int | None = None,
         type_k: str = DEFAULT_TYPE_K,
         n_threads: int | None = None,
-        n_ubatch: int = 512,
+        n_ubatch: int | None = None,
         min_mha_tokens: int = MIN_MHA_TOKENS,
         prefix_bytes: int = DEFAULT_PREFIX_BYTES,
         backend: str = "cpu",
@@ -67,7 +67,7 @@ class Engine(Stream):
     ):
         n_ctx = None if n_ctx is None else _count("n_ctx", n_ctx, MAX_N_CTX)
         n_threads = None if n_threads is None else _count("n_threads", n_threads)
-        n_ubatch = _count("n_ubatch", n_ubatch)
+        n_ubatch = None if n_ubatch is None else _count("n_ubatch", n_ubatch)
         min_mha_tokens = _count("min_mha_tokens", min_mha_tokens)
         prefix_bytes = _count("prefix_bytes", prefix_bytes, low=0)
         self.path = os.fsdecode(path if path is not None else default_model())
@@ -88,7 +88,7 @@ class Engine(Stream):
             chosen.arrays,
             Prefixes(prefix_bytes),
             n_threads,
-            n_ubatch,
+            n_ubatch or chosen.n_ubatch,
             min_mha_tokens,
             progress,
         )

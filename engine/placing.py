@@ -27,11 +27,11 @@ Progress = Callable[[int, int, str], None]
 
 
 class Shape(NamedTuple):
-    """What an engine's default stream is to be."""
+    """What an engine's default stream is to be. n_ubatch: None for the backend's own."""
 
     n_ctx: int
     type_k: str
-    n_ubatch: int
+    n_ubatch: int | None
     min_mha_tokens: int
 
 
@@ -81,6 +81,7 @@ def need(weights: DeepSeek2, backend: Backend, shape: Shape) -> dict[str, int]:
     def upload(tensor: Any) -> Any:
         return dry.upload(run, tensor) if isinstance(tensor, QuantTensor) else run.upload(tensor)
 
+    shape = shape._replace(n_ubatch=shape.n_ubatch or backend.n_ubatch)
     try:
         placed = weights.map(upload, backend.experts_on_cpu)
         of_weights = run.kept
@@ -101,6 +102,7 @@ def of_steps(weights: DeepSeek2, ops: Any, shape: Shape, n_threads: int | None =
     """Bytes of a stream's buffers, and of what ops work in: one token, one with 15 drafts, a ubatch of a prompt."""
     hp, n_ctx = weights.hparams, shape.n_ctx
     cache = KCache(layout_of(hp, shape))
+    assert shape.n_ubatch is not None
     n_ubatch = min(shape.n_ubatch, n_ctx)
     buffers, workspace = Buffers(n_ubatch), 0
     for n_tok in {1, min(16, n_ubatch), n_ubatch}:

@@ -53,7 +53,7 @@ def plan(
     n_ctx: int | None = None,
     type_k: str = DEFAULT_TYPE_K,
     n_threads: int | None = None,
-    n_ubatch: int = 512,
+    n_ubatch: int | None = None,
     prefix_bytes: int = 0,
     probe: bool = True,
     progress: Progress | None = None,

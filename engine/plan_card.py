@@ -28,7 +28,7 @@ def plan_card(
     ram: int | None = None,
     n_ctx: int | None = None,
     type_k: str = "q8",
-    n_ubatch: int = 512,
+    n_ubatch: int | None = None,
 ) -> dict[str, Any] | None:
     """Plain data, ready for JSON; None if 'auto' comes to the CPU. Sizes in bytes; ram: None for what is free there.
 

@@ -22,6 +22,8 @@ from typing import Any
 
 CUDA = Path(__file__).parent / "cuda"
 OPTIONS = ("--std=c++17",)
+STATIC_SHARED = 48 << 10  # what a block may take without asking
+BEGIN = re.compile(r"^KERNEL\([^()]*?(\w+)\)\([^{]*?\{$", flags=re.M)  # of a kernel, to the brace of its body
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,22 @@ class Kernel:
     def is_loaded(self) -> bool:
         return self in _loaded
 
-    def function(self) -> Any:
-        """CuPy's kernel, compiled by now."""
+    def function(self, shared: int) -> int:
+        """The driver's handle, compiled by now, of a kernel that may take so many bytes of dynamic shared memory."""
         if self not in _loaded:
-            _loaded[self] = _module(self).get_function(self.name)
-        return _loaded[self]
+            _loaded[self] = _module(self).get_function(self.name), STATIC_SHARED
+        function, granted = _loaded[self]
+        if shared > granted:
+            function.max_dynamic_shared_size_bytes = shared
+            _loaded[self] = function, shared
+        return int(function.kernel.ptr)
 
 
 def kernel(file: str, name: str, defines: Mapping[str, int] | None = None) -> Kernel:
     return Kernel(file, name, tuple(sorted((defines or {}).items())))
 
 
-_loaded: dict[Kernel, Any] = {}
+_loaded: dict[Kernel, tuple[Any, int]] = {}  # CuPy's function, and the shared memory that it has been granted
 _modules: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
 
 
@@ -65,9 +71,12 @@ def _module(k: Kernel) -> Any:
 
 
 def source(file: str, defines: Iterable[tuple[str, int]] = ()) -> str:
-    """The whole text that is compiled: defines, then the file with its headers in it."""
+    """The whole text that is compiled: defines, then the file with its headers in it.
+
+    Every kernel begins with AFTER_PREVIOUS (driver.py): that is put in here, so that none can do without it.
+    """
     lines = [f"#define {name} {int(value)}" for name, value in defines]
-    return "\n".join([*lines, with_headers(file)])
+    return "\n".join([*lines, BEGIN.sub(r"\g<0>\n  AFTER_PREVIOUS;", with_headers(file))])
 
 
 @functools.cache
@@ -86,7 +95,7 @@ def with_headers(file: str) -> str:
 
 def kernel_names(file: str) -> list[str]:
     """The kernels that a .cu file has."""
-    return re.findall(r"^KERNEL\([^()]*?(\w+)\)\(", with_headers(file), flags=re.M)
+    return BEGIN.findall(with_headers(file))
 
 
 # --------------------------------------------------------------------------------------------------------- to check

@@ -2,17 +2,15 @@
 
 A wrapper checks its arrays, chooses a kernel and a grid, and calls
 
-    run.launch(kernel, grid, threads, shared, args)        args as below; nothing else of CuPy is used by a wrapper
+    run.launch(kernel, grid, threads, shared, args)        args as driver.py packs them
     run.workspace(nbytes)                                  (nbytes,) u8 on the device, for the op that is being queued
     run.limits                                             device.Limits
 
-As on the CPU, jobs wait in a queue. take() makes a tape of it, replay() executes one: at first job by job, so that it
-can be cancelled between them; from the second time on as CUDA graphs, one launch for all that lies between two calls of
-the host. Queue is all of that but the execution, so a test puts another Run in its place, which runs the same kernels
-on the CPU (tests/gpu_kernels/shim.py), and a plan counts memory on a machine without a card (dry.py).
-
-Arguments: an array is passed by the address of its first value (None: 0); a Python int as 32 bits, a float as f32;
-`wide(n)` is an int of 64 bits, which strides in values or bytes are.
+and uses nothing else of CuPy. As on the CPU, jobs wait in a queue. take() makes a tape of it, replay() executes one: at
+first job by job, so that it can be cancelled between them; from the second time on as CUDA graphs, one launch for all
+that lies between two calls of the host. Queue is all of that but the execution, so a test puts another Run in its
+place, which runs the same kernels on the CPU (tests/gpu_kernels/shim.py), and a plan counts memory on a machine without
+a card (dry.py).
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ import numpy as np
 from . import arrays, device
 from ._compile import Kernel
 from .check import address
+from .driver import OVERLAPS, launch
+from .driver import wide as wide
 
-wide = np.int64
-STATIC_SHARED = 48 << 10  # what a block may take without asking
 CHUNK = 64  # jobs between two looks at the flag that cancels; two chunks are under way
 
 
@@ -132,6 +130,7 @@ class Run(Queue):
         super().__init__(device.limits(), n_threads)
         import cupy
 
+        self.device = int(cupy.cuda.Device().id)
         self.stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
         self._workspace = cupy.empty(0, np.uint8)
 
@@ -155,6 +154,7 @@ class Run(Queue):
 
     def replay(self, tape: Tape) -> None:
         """Execute a tape and wait for it. Cancelled: raised some ten kernels after the flag was set."""
+        self.enter()
         try:
             if not tape.replayed:
                 self._one_by_one(tape)
@@ -174,6 +174,7 @@ class Run(Queue):
         """Execute a tape job by job; (kernel, seconds) in order, by the device's clock."""
         import cupy
 
+        self.enter()
         events = [cupy.cuda.Event() for _ in range(len(tape.jobs) + 1)]
         events[0].record(self.stream)
         for job, event in zip(tape.jobs, events[1:]):
@@ -182,6 +183,12 @@ class Run(Queue):
         self.stream.synchronize()
         times = [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in zip(events, events[1:])]
         return [(name_of(job), t) for job, t in zip(tape.jobs, times)]
+
+    def enter(self) -> None:
+        """Have this thread work on the run's device: the driver wants that of every thread."""
+        import cupy
+
+        cupy.cuda.runtime.setDevice(self.device)
 
     def _look(self) -> None:
         if self.cancel[0]:
@@ -225,11 +232,9 @@ class Run(Queue):
 
             cupy.cuda.runtime.memcpyAsync(address(job.to), address(job.start), job.to.nbytes, 4, self.stream.ptr)
         else:
-            function = job.kernel.function()
-            if job.shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < job.shared:
-                function.max_dynamic_shared_size_bytes = job.shared
-            with self.stream:
-                function(job.grid, (job.threads,), tuple(map(_argument, job.args)), shared_mem=job.shared)
+            function, stream = job.kernel.function(job.shared), self.stream.ptr
+            overlaps = self.limits.sm >= OVERLAPS
+            launch(function, job.grid, job.threads, job.shared, stream, job.args, overlaps)
 
 
 def between_calls(jobs: Sequence[Job]) -> list[tuple[bool, list[Job]]]:
@@ -266,7 +271,7 @@ def prepare(tapes: Sequence[Tape], progress: Callable[[int, int, str], None] | N
     def load(of_unit: list[Kernel]) -> None:
         with cupy.cuda.Device(here):
             for kernel in of_unit:
-                kernel.function()
+                kernel.function(0)
 
     tell = progress if progress is not None else lambda done, total, name: None
     tell(0, len(units), "")
@@ -274,15 +279,3 @@ def prepare(tapes: Sequence[Tape], progress: Callable[[int, int, str], None] | N
         for done, ((file, _), _) in enumerate(zip(units, pool.map(load, units.values())), 1):
             tell(done, len(units), file)
     return len(units)
-
-
-def _argument(arg: Any) -> Any:
-    if arg is None:
-        return np.uintp(0)
-    if isinstance(arg, np.generic):
-        return arg
-    if isinstance(arg, int):
-        return np.int32(arg)
-    if isinstance(arg, float):
-        return np.float32(arg)
-    return np.uintp(address(arg))

@@ -23,7 +23,7 @@ PARTS = ("attention", "experts", "dense", "rest")
 @click.option("-d", "--depth", default="0", help="Tokens in the cache beforehand.", show_default=True)
 @click.option("-t", "--threads", default="0", help="0: one for each physical core.", show_default=True)
 @click.option("-ctk", "--cache-type-k", "--type-k", "type_k", default=DEFAULT_TYPE_K, show_default=True)
-@click.option("-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True)
+@click.option("-ub", "--ubatch-size", type=click.IntRange(0), default=0, help="0: 512, on a card 2048.")
 @backend_options
 @json_option
 def bench(n_prompt: str, n_gen: int, depth: str, threads: str, type_k: str, as_json: bool, **options: Any) -> None:
@@ -38,7 +38,7 @@ def bench(n_prompt: str, n_gen: int, depth: str, threads: str, type_k: str, as_j
         "threads": _numbers(threads, "-t"),
         "type_k": types,
         "n_gen": n_gen,
-        "n_ubatch": options["ubatch_size"],
+        "n_ubatch": options["ubatch_size"] or None,
         "backend": options["backend"],
         "experts": options["experts"],
     }

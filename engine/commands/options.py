@@ -84,9 +84,9 @@ engine_options = options_in_order(
     click.option(
         "-ub",
         "--ubatch-size",
-        type=click.IntRange(1),
-        default=512,
-        help="Prompt tokens computed at once.",
+        type=click.IntRange(0),
+        default=0,
+        help="Prompt tokens computed at once; 0: 512, on a card 2048.",
         show_default=True,
     ),
     click.option(
@@ -121,7 +121,7 @@ def open_engine(options: dict[str, Any]) -> Iterator[Engine]:
             n_ctx=options["ctx_size"] or None,
             type_k=options["cache_type_k"],
             n_threads=options["threads"] or None,
-            n_ubatch=options["ubatch_size"],
+            n_ubatch=options["ubatch_size"] or None,
             backend=options["backend"],
             experts=options["experts"],
             progress=progress,

@@ -59,7 +59,7 @@ def plan(ram: int | None, prefixes: int, no_probe: bool, as_json: bool, **option
     token after it, from a probe of two seconds. Exit code 1 if the run does not fit. With --backend gpu the memory is
     that of the card, and no times are told.
     """
-    path, n_ctx, n_ubatch = chosen_model(options), options["ctx_size"] or None, options["ubatch_size"]
+    path, n_ctx, n_ubatch = chosen_model(options), options["ctx_size"] or None, options["ubatch_size"] or None
     type_k, told = options["cache_type_k"], None
     if options["backend"] != "cpu":
         from ..plan_card import plan_card

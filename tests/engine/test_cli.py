@@ -94,7 +94,7 @@ def test_defaults_are_left_to_the_engine() -> None:
     opened = StubEngine.opened
     assert opened.path is None
     assert callable(opened.options.pop("progress")) and callable(opened.options.pop("loading"))
-    sizes = {"n_ctx": None, "type_k": DEFAULT_TYPE_K, "n_threads": None, "n_ubatch": 512}
+    sizes = {"n_ctx": None, "type_k": DEFAULT_TYPE_K, "n_threads": None, "n_ubatch": None}
     assert opened.options == {**sizes, "backend": "cpu", "experts": None}
     assert opened.generate_options == {"max_tokens": None, "sampling": Sampling()}
 
@@ -322,7 +322,7 @@ def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) 
     done = konly(*"bench m.gguf -p 512 -n 8 -d 0,4096 -t 1,2 --type-k f16,q8".split())
     assert callable(given.pop("progress"))
     lists = {"n_prompt": [512], "depths": [0, 4096], "threads": [1, 2], "type_k": ["f16", "q8"]}
-    assert given == {"path": "m.gguf", "n_gen": 8, "n_ubatch": 512, "backend": "cpu", "experts": None, **lists}
+    assert given == {"path": "m.gguf", "n_gen": 8, "n_ubatch": None, "backend": "cpu", "experts": None, **lists}
     lines = [line.split() for line in done.stdout.splitlines()]
     assert "2 threads 42.2 240 1,000".split() in lines
     times = "5 50% 5 50% 5 50% 0.125".split()

@@ -210,7 +210,7 @@ def test_wrong_tokens_are_refused(toy: Path, tokens: object) -> None:
         ({"n_threads": -1}, "n_threads is -1; expected a positive integer"),
         ({"n_threads": "2"}, "n_threads is '2'; expected"),
         ({"n_ubatch": 0}, "n_ubatch is 0; expected"),
-        ({"n_ubatch": None}, "n_ubatch is None; expected"),
+        ({"n_ubatch": "9"}, "n_ubatch is '9'; expected"),
         ({"type_k": "q4"}, "type_k is 'q4'; expected one of f16, bf16, q8"),
         ({"type_k": None}, "type_k is None; expected"),
         ({"backend": "tpu"}, "backend is 'tpu'; expected cpu, gpu or auto"),

@@ -27,6 +27,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 using std::max;
 using std::min;
+#define AFTER_PREVIOUS
 #define KERNEL(threads, blocks_per_sm, name) static void name
 #define DEVICE static inline
 #define __shared__ static thread_local

@@ -1,60 +1,80 @@
-"""Run: what CuPy is handed for a launch, with stand-ins for its kernels and streams."""
+"""Run: what the driver is handed for a launch, and in which order; with stand-ins for CuPy's kernels and streams."""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import struct
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gpu_kernels import device
+from gpu_kernels import _compile, device, driver
 from gpu_kernels.device import CARDS
-from gpu_kernels.stream import Call, Cancelled, Copy, Queue, Run, Tape, _argument, between_calls, name_of, wide
+from gpu_kernels.driver import packed, wide
+from gpu_kernels.stream import Call, Cancelled, Copy, Queue, Run, Tape, between_calls, name_of
 
 
-class Function:
-    """As CuPy's RawKernel."""
-
-    max_dynamic_shared_size_bytes = 48 << 10
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.calls.append((args, kwargs))
-
-
-def launched(shared: int, *args: Any) -> Function:
-    function, run = Function(), Run.__new__(Run)
-    Queue.__init__(run, CARDS[90])
-    run.stream = contextlib.nullcontext()
-    run.launch(SimpleNamespace(function=lambda: function), (7, 2), 256, shared, args)
-    assert not function.calls  # it waits in the queue
-    (job,) = run.take().jobs
-    run._execute(job)
-    return function
-
-
-def test_a_launch_has_grid_threads_arguments_and_shared_memory() -> None:
-    (call,) = launched(96, 3).calls
-    assert call == (((7, 2), (256,), (np.int32(3),)), {"shared_mem": 96})
-
-
-@pytest.mark.parametrize("shared, asked", [(0, 48 << 10), (48 << 10, 48 << 10), (100_000, 100_000)])
-def test_shared_memory_above_the_usual_is_asked_for(shared: int, asked: int) -> None:
-    assert launched(shared).max_dynamic_shared_size_bytes == asked
-
-
-def test_arguments_have_the_width_that_kernels_declare() -> None:
+def test_arguments_are_packed_as_c_lays_out_what_kernels_declare() -> None:
     array = np.zeros(4, np.float32)
     on_device = SimpleNamespace(data=SimpleNamespace(ptr=1 << 40))
-    found = [_argument(a) for a in (None, 5, wide(1 << 40), 0.5, array[1:], on_device)]
-    assert [type(v) for v in found] == [np.uintp, np.int32, np.int64, np.float32, np.uintp, np.uintp]
-    assert [int(v) for v in found[:3]] == [0, 5, 1 << 40] and found[4] == array.ctypes.data + 4 and found[5] == 1 << 40
-    with pytest.raises(OverflowError):
-        _argument(1 << 40)
+    found = packed([5, wide(1 << 40), 0.5, None, 7, array[1:], on_device])
+    expected = struct.pack("=i4xqf4xQi4xQQ", 5, 1 << 40, 0.5, 0, 7, array.ctypes.data + 4, 1 << 40)
+    assert found == expected
+    with pytest.raises(struct.error):
+        packed([1 << 40])
+
+
+@pytest.mark.parametrize("sm, n_attributes", [(80, 0), (90, 1)])
+def test_a_launch_has_grid_threads_shared_memory_and_arguments(
+    monkeypatch: pytest.MonkeyPatch, sm: int, n_attributes: int
+) -> None:
+    seen = []
+
+    def launch_kernel(config: Any, function: Any, parameters: None, extra: Any) -> int:
+        c = config._obj
+        size = ctypes.cast(extra[3], ctypes.POINTER(ctypes.c_size_t))[0]
+        arguments = ctypes.string_at(extra[1], size)
+        seen.append((function.value, [*c.grid], [*c.block], c.shared, c.stream, c.n_attributes, arguments))
+        return 0
+
+    monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=launch_kernel))
+    run = Run.__new__(Run)
+    Queue.__init__(run, CARDS[sm])
+    run.stream = SimpleNamespace(ptr=33)
+    run.launch(SimpleNamespace(function=lambda shared: 1000 + shared), (7, 2), 256, 96, (3,))
+    assert not seen  # it waits in the queue
+    (job,) = run.take().jobs
+    run._execute(job)
+    assert seen == [(1096, [7, 2, 1], [256, 1, 1], 96, 33, n_attributes, struct.pack("=i", 3))]
+
+
+def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=lambda *_: 700))
+    with pytest.raises(RuntimeError, match="error 700"):
+        driver.launch(1, (1,), 32, 0, 0, (), False)
+
+
+def test_shared_memory_above_the_usual_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Function:
+        kernel = SimpleNamespace(ptr=5)
+
+        def __setattr__(self, name: str, value: int) -> None:
+            asked.append((name, value))
+
+    monkeypatch.setattr(_compile, "_module", lambda k: SimpleNamespace(get_function=lambda name: Function()))
+    kernel = _compile.kernel("some.cu", "some")
+    assert [kernel.function(shared) for shared in (0, 48 << 10, 100_000, 60_000)] == [5] * 4
+    assert asked == [("max_dynamic_shared_size_bytes", 100_000)]
+
+
+def test_every_kernel_begins_by_waiting_for_the_one_before_it() -> None:
+    for path in _compile.CUDA.glob("*.cu"):
+        text = _compile.source(path.name)
+        assert len(_compile.kernel_names(path.name)) == text.count("\nKERNEL(") == text.count("  AFTER_PREVIOUS;") > 0
 
 
 def test_without_a_card_a_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +109,7 @@ class Logging(Run):
     def __init__(self) -> None:
         Queue.__init__(self, CARDS[90])
         self.log: list[str] = []
+        self.enter = lambda: None
         self.stream = Stream(self.log)
 
     def _execute(self, job: Any) -> None:
