@@ -27,6 +27,8 @@ MAX_DOT_TOKENS = 16
 RESERVED = 1024  # shared memory of a block that the driver takes
 PADDING = 128  # rows of 16-bit activations are filled up to a multiple
 QUANTISE, NARROW = kernel("quantise.cu", "quantise"), kernel("quantise.cu", "narrow")
+ADD_SPLITS = kernel("splits.cu", "add_splits")
+MAX_SPLITS, MIN_STAGES = 8, 4  # of k; of a split
 
 
 def matvec(type_id: int, n_tok: int) -> Kernel:
@@ -66,11 +68,14 @@ class Variant:
         w_stages = self.stages if as_they_are else 2
         return 2 * self.depth * (self.stages * self.tokens + w_stages * self.rows) + 4 * self.tokens
 
+    def per_sm(self, limits: Limits, type_id: int) -> int:
+        """Blocks that a multiprocessor holds; as registers allow, at most 256 threads."""
+        return min(256 // self.threads, limits.shared_per_sm // (self.shared_bytes(limits, type_id) + RESERVED))
+
     def fits(self, limits: Limits, type_id: int) -> bool:
-        nbytes = self.shared_bytes(limits, type_id)
-        per_sm = limits.shared_per_sm // (nbytes + RESERVED)
         right = format_of(type_id).is_float or not self.floats_only
-        return right and nbytes <= limits.shared_per_block and per_sm >= self.resident
+        enough = self.shared_bytes(limits, type_id) <= limits.shared_per_block
+        return right and enough and self.per_sm(limits, type_id) >= self.resident
 
     def blocks(self, n_tok: int, n_rows: int, n_head: int) -> int:
         return -(-n_tok // self.tokens) * -(-n_rows // self.rows) * n_head
@@ -97,6 +102,13 @@ def choose(limits: Limits, type_id: int, n_tok: int, n_rows: int, n_head: int = 
         v for v in VARIANTS
         if v.fits(limits, type_id) and v.blocks(n_tok, n_rows, n_head) >= v.fill * limits.n_sm
     )  # fmt: skip
+
+
+def splits(limits: Limits, type_id: int, variant: Variant, shape: tuple[int, int, int], k: int) -> int:
+    """Into how many parts k is cut for out (n_tok, n_head, m): as many as fill the card."""
+    n_tok, n_head, m = shape
+    most = min(MAX_SPLITS, -(-k // variant.depth) // MIN_STAGES)
+    return max(1, min(most, limits.n_sm * variant.per_sm(limits, type_id) // variant.blocks(n_tok, m, n_head)))
 
 
 def geometry(type_id: int, n_rows: int, k: int, n_head: int) -> tuple[tuple[int, int], int]:
@@ -140,22 +152,41 @@ def scratch_bytes(run: Any, weights: Sequence[Weight], shape: tuple[int, ...]) -
     """What queue needs for x of this shape (n_tok, n_head, k)."""
     n_tok, n_head, k = shape
     few, many = _by_way(run, weights, n_tok)
-    return quantised_bytes(few, n_tok * n_head, k) + narrow_bytes(many, n_tok * n_head, k)
+    parts = [_split(run, w, (n_tok, n_head, w.shape[-2]), k)[2] for w in many]
+    return quantised_bytes(few, n_tok * n_head, k) + narrow_bytes(many, n_tok * n_head, k) + max(parts, default=0)
 
 
 def queue(run: Any, weights: Sequence[Weight], x: Any, outs: Sequence[Any], accumulate: bool, scratch: Any) -> None:
     """Products with arguments checked: x (n_tok, n_head, k), outs (n_tok, n_head, m), scratch (scratch_bytes,) u8."""
     n_tok, n_head, k = x.shape
-    few, _ = _by_way(run, weights, n_tok)
-    nbytes = quantised_bytes(few, n_tok * n_head, k)
-    acts, narrowed = scratch[:nbytes], scratch[nbytes:]
+    few, many = _by_way(run, weights, n_tok)
+    ends = np.cumsum([quantised_bytes(few, n_tok * n_head, k), narrow_bytes(many, n_tok * n_head, k)])
+    acts, narrowed, parts = scratch[: ends[0]], scratch[ends[0] : ends[1]], scratch[ends[1] :]
     quantise(run, x, acts)
     narrow(run, x, narrowed)
     for w, out in zip(weights, outs):
-        if takes_gemm(run.limits, w.type.id, n_tok):
-            launch_gemm(run, w, narrowed, k, out, accumulate)
-        else:
+        if not takes_gemm(run.limits, w.type.id, n_tok):
             launch(run, w, x, acts, out, accumulate)
+            continue
+        variant, n_splits, nbytes = _split(run, w, out.shape, k)
+        if n_splits == 1:
+            launch_gemm(run, w, narrowed, k, out, variant, accumulate)
+            continue
+        m = out.shape[2]
+        part = parts[:nbytes].view(np.float32).reshape(n_splits * n_tok, n_head, m)
+        launch_gemm(run, w, narrowed, k, part[:n_tok], variant, n_splits=n_splits)
+        run.launch(
+            ADD_SPLITS, (-(-m // 256), n_tok * n_head), 256, 0,
+            (part, n_splits, out, *steps("out", out), n_head, m, int(accumulate)),
+        )  # fmt: skip
+
+
+def _split(run: Any, w: Weight, shape: tuple[int, int, int], k: int) -> tuple[Variant, int, int]:
+    """For out (n_tok, n_head, m): a variant, its splits, and the bytes of their outs (0 for one)."""
+    n_tok, n_head, m = shape
+    variant = choose(run.limits, w.type.id, n_tok, m, n_head)
+    n_splits = splits(run.limits, w.type.id, variant, shape, k)
+    return variant, n_splits, 4 * n_splits * n_tok * n_head * m if n_splits > 1 else 0
 
 
 def _by_way(run: Any, weights: Sequence[Weight], n_tok: int) -> tuple[list[Weight], list[Weight]]:
@@ -166,25 +197,25 @@ def _by_way(run: Any, weights: Sequence[Weight], n_tok: int) -> tuple[list[Weigh
 
 
 def launch_gemm(
-    run: Any, w: Weight, x: Any, k: int, out: Any, accumulate: bool = False, tiles: Any = None, gather: Any = None,
-    per: int = 1, variant: Variant | None = None,
+    run: Any, w: Weight, x: Any, k: int, out: Any, variant: Variant, accumulate: bool = False, n_splits: int = 1,
+    tiles: Any = None, gather: Any = None, per: int = 1,
 ) -> None:  # fmt: skip
     """Queue one product: out (n_tok, n_head, m) from rows of k values that narrow left at x.
 
-    With tiles (n, 4) int32, as gemm.cu says, n_head is 1, and the matrices are those of w.
+    Splits have an out each, one after another. With tiles (n, 4) int32, as gemm.cu says, n_head is 1, and the matrices
+    are those of w.
     """
     n_tok, n_head, m = out.shape
     f = format_of(w.type.id)
     if w.shape[-2:] != (m, k) or k % f.block:
         raise ValueError(f"a weight of {w.shape} values for rows of {k}")
-    variant = variant or choose(run.limits, f.type_id, n_tok, m, n_head)
     n_tiles = -(-n_tok // variant.tokens) if tiles is None else len(tiles)
     pitch = 2 * padded(k)
     run.launch(
-        variant.kernel(run.limits, f.type_id), (n_tiles * -(-m // variant.rows) * n_head,), variant.threads,
+        variant.kernel(run.limits, f.type_id), (n_tiles * -(-m // variant.rows) * n_head, n_splits), variant.threads,
         variant.shared_bytes(run.limits, f.type_id),
-        (w.data, *map(wide, w.planes), x, n_head * pitch, wide(pitch), out, *steps("out", out), m, k, n_tok,
-         n_tiles, int(accumulate), tiles, gather, per),
+        (w.data, *map(wide, w.planes), x, n_head * pitch, wide(pitch), out, *steps("out", out), wide(out.size), m, k,
+         n_tok, n_tiles, int(accumulate), tiles, gather, per),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 // gemm: out[t, h, r] (+)= weight[h, r] . x[t, h] for many tokens, on tensor cores, with f32 sums.
 //
-//   grid (token tiles * ceil(rows / ROWS) * heads), token tiles first so that a weight's readers run together;
+//   grid (token tiles * ceil(rows / ROWS) * heads, splits), token tiles first so that a weight's readers run together;
 //   32 * WARPS_T * WARPS_R threads; dynamic shared memory: STAGES tiles of x, two of weights (STAGES if they are copied
 //   as they are), TOKENS * 4 bytes
 //
@@ -15,6 +15,8 @@
 //
 // With tiles (int4: matrix, first and last position, 0), a token tile takes its matrix and its positions from there; an
 // empty one ends at once. The x of position p is then row gather[p] / per (null: p), and out's row is p.
+//
+// Each split adds up its share of k, into an out of its own, out_split values on.
 //
 // Defines: TYPE_ID (see blocks.cuh; 1 F16, 30 BF16) F16_PRODUCTS (0: bf16) TOKENS ROWS WARPS_T WARPS_R DEPTH STAGES
 #include "prims.cuh"
@@ -32,6 +34,7 @@ constexpr int X_PIECES = X_CHUNKS / THREADS, PIECES = X_PIECES + (COPIED ? W_CHU
 constexpr int M = TOKENS / WARPS_T / 16, N = ROWS / WARPS_R / 16, K = DEPTH / 16;  // a warp's products: 16 each way
 // a thread's share of weights in two halves, one after the other, where there are not registers for all of it
 constexpr bool HALVES = IS_FLOAT || (GROUPS == 1 && M * N == 16);
+constexpr bool CAN_SPLIT = M * N < 16;  // a large block has no register to spare, and fills a card without
 static_assert(ROWS * UNITS == THREADS, "a thread has one unit");
 static_assert(TOKENS % (THREADS / 8) == 0 && THREADS % 64 == 0, "chunk_at(r + THREADS / 8, c) is THREADS chunks on");
 
@@ -55,9 +58,9 @@ DEVICE void fetch(
     Share& s, const u8* w_first, const Planes&, i64, int row0, int n_rows, int k, int stage, int half) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int e = (4 * half + i) * (THREADS / 8), row = min(row0 + (int)threadIdx.x / 8 + e % ROWS, n_rows - 1);
+    const int e = threadIdx.x / 8 + (4 * half + i) * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
     const int col = min(64 * (stage * UNITS + e / ROWS) + 8 * (int)(threadIdx.x % 8), k - 8);
-    s.v[i] = __ldg((const uint4*)(w_first + 2 * col + (u64)(u32)row * (u32)(2 * k)));
+    s.v[i] = __ldg((const uint4*)(w_first + 2 * ((i64)row * k + col)));
   }
 }
 DEVICE void put(uint4* s_w, const Share& s, int i) {
@@ -69,7 +72,8 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {
   s_w[chunk_at(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8)] = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
 }
 #else
-struct Share { Codes c[HALVES ? 1 : 2 / GROUPS]; };  // unit tid / ROWS of row tid % ROWS: neighbours write to different banks
+constexpr int HELD = HALVES ? 1 : 2 / GROUPS;
+struct Share { Codes c[HELD]; };  // of unit tid / ROWS of row tid % ROWS: neighbours write to different banks
 
 DEVICE void fetch(
     Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
@@ -77,7 +81,7 @@ DEVICE void fetch(
   const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
   const int n_blocks = k / BLOCK;
 #pragma unroll
-  for (int i = 0; i < (int)(sizeof s / sizeof s.c[0]); i++) {
+  for (int i = 0; i < HELD; i++) {
     const u32 step = unit * (2 / GROUPS) + i + half;
     decode_step(s.c[i], planes, (first + row) * n_blocks + min((int)(step / STEPS), n_blocks - 1), step % STEPS);
   }
@@ -99,7 +103,7 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
 
 KERNEL(THREADS, 256 / THREADS, gemm)(
     const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u8* __restrict__ x, int x_tok, i64 x_head,
-    float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok, int n_tiles, int accumulate,
+    float* __restrict__ out, i64 out_tok, i64 out_head, i64 out_split, int n_rows, int k, int n_tok, int n_tiles, int accumulate,
     const int4* __restrict__ tiles, const int* __restrict__ gather, int per) {
   DYN_SMEM(smem);
   uint4* s_x = smem;
@@ -123,10 +127,12 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
   __syncthreads();
   x += head * x_head;
   out += head * out_head;
+  if (CAN_SPLIT) out += blockIdx.y * out_split;
   const Planes planes = {w, w + at_b, w + at_c, w + at_d};
   const i64 first_row = (i64)matrix * n_rows;
   const u8* w_first = w + first_row * k * 2;  // if they are floats
-  const int n_stages = (k + DEPTH - 1) / DEPTH;
+  const int n_stages = (k + DEPTH - 1) / DEPTH, each = (n_stages + (int)gridDim.y - 1) / (int)gridDim.y;
+  const int begin = CAN_SPLIT ? blockIdx.y * each : 0, end = CAN_SPLIT ? min(begin + each, n_stages) : n_stages;
   const saddr x_to = smem_addr(s_x + chunk_at(tid / 8, tid % 8)), w_to = smem_addr(s_w + chunk_at(tid / 8, tid % 8));
 
   // piece i of a stage's copies: a chunk of x a thread, then of weights; none beyond the last stage
@@ -136,11 +142,11 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
     if (i < X_PIECES) {
       const int from = s_from[r + of_x], col = column(stage * UNITS + i * (THREADS / 8) / TOKENS, c / 4) + c % 4 * 8;
       const u8* at = x + 2 * col + (u64)(u32)max(from, 0) * (u32)x_tok;
-      cp_async16(x_to + (slot * X_CHUNKS + i * THREADS) * 16, at, from >= 0 && stage < n_stages);
+      cp_async16(x_to + (slot * X_CHUNKS + i * THREADS) * 16, at, from >= 0 && stage < end);
     } else {
       const int row = min(row0 + r + of_w, n_rows - 1), unit = stage * UNITS + (i - X_PIECES) * (THREADS / 8) / ROWS;
       const u8* at = w_first + 2 * min(64 * unit + 8 * c, k - 8) + (u64)(u32)row * (u32)(2 * k);
-      cp_async16(w_to + (slot * W_CHUNKS + (i - X_PIECES) * THREADS) * 16, at, stage < n_stages);
+      cp_async16(w_to + (slot * W_CHUNKS + (i - X_PIECES) * THREADS) * 16, at, stage < end);
     }
   };
   const int wt = warp % WARPS_T * (16 * M), wr = warp / WARPS_T * (16 * N);  // this warp's tokens and rows
@@ -162,18 +168,18 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
 
   for (int s = 0; s < STAGES - 1; s++) {
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) copy(s, i);
+    for (int i = 0; i < PIECES; i++) copy(begin + s, i);
     cp_async_commit();
   }
   Share share;
   if (!COPIED) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i % 4 == 0) fetch(share, w_first, planes, first_row, row0, n_rows, k, 0, i / 4);
-      put(s_w, share, i);
+      if (i % 4 == 0) fetch(share, w_first, planes, first_row, row0, n_rows, k, begin, i / 4);
+      put(s_w + begin % W_STAGES * W_CHUNKS, share, i);
     }
   }
-  for (int s = 0; s < n_stages; s++) {
+  for (int s = begin; s < end; s++) {
     cp_async_wait<STAGES - 2>();
     __syncthreads();  // stage s is there, and stage s - 1 has been read
     const saddr x_s = x_at + s % STAGES * (X_CHUNKS * 16), w_s = w_at + s % W_STAGES * (W_CHUNKS * 16);

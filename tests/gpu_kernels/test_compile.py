@@ -47,7 +47,7 @@ def decodes(card: Limits, layouts: list[tuple[int, int]], types: list[str], lane
 
 
 def others(card: Limits, layouts: list[tuple[int, int]]) -> Iterator[Case]:
-    units = [SWIGLU, ROUTE, ADD_SLOTS, COPY_ROPE, matmul.QUANTISE, matmul.NARROW]
+    units = [SWIGLU, ROUTE, ADD_SLOTS, COPY_ROPE, matmul.QUANTISE, matmul.ADD_SPLITS]
     units += [matmul.matvec(f, n) for f in FORMATS for n in (1, 4)]
     units += [kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS]
     units += [row_kernels(t, *layout)["k_store"] for layout in layouts for t in TYPES_K]

@@ -40,7 +40,7 @@ def multiplied(w: Any, x: np.ndarray, variant: Any, order: int, limits: Any = CA
     uploaded, x = upload(run, w), x[:, None]
     narrowed = run.workspace(module.narrow_bytes([uploaded], len(x), x.shape[2]))
     module.narrow(run, x, narrowed)
-    module.launch_gemm(run, uploaded, narrowed, x.shape[2], out, variant=variant)
+    module.launch_gemm(run, uploaded, narrowed, x.shape[2], out, variant)
     return out[:, 0]
 
 
