@@ -7,7 +7,7 @@
     out = the shares, added up
 
 2 (nope + n_rot + Dv) operations a head, query and row, and 2 C (nope + Dv) a head and row: 640 and 262,144 for 512 +
-64, absorbed 2,176. At the same pace 171 queries would pay for it; its pace is better; pays() says what was measured.
+64, absorbed 2,176. At one pace 171 queries would pay for it; its pace is better, and pays() says what was measured.
 
 16 bits are f16 for rows in f16, else bf16. Rows of q8 are multiplied as the whole numbers that they are (expand.cu).
 

@@ -23,7 +23,8 @@ PATH = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(
 TESTS = {
     "mla_decode.cu": "test_attention.py", "hadamard.cuh": "test_k_cache.py", "k_cache.cu": "test_k_cache.py",
     "reduce.cuh": "test_k_cache.py", "matvec.cu": "test_matmul.py", "blocks.cuh": "test_quants.py",
-    "quantise.cu": "test_matmul.py", "route.cu": "test_small.py", "experts.cu": "test_moe.py",
+    "quantise.cu": "test_matmul.py", "mha.cu": "test_prefill.py", "expand.cu": "test_prefill.py",
+    "widen.cu": "test_prefill.py", "route.cu": "test_small.py", "experts.cu": "test_moe.py",
 }  # fmt: skip
 # file, what is there, what the mutant has
 CHANGES = [
@@ -62,6 +63,25 @@ CHANGES = [
     ("matvec.cu", "if (HAS_MINIMUM) acc[t] -=", "if (TYPE_ID == 12) acc[t] -="),
     ("matvec.cu", "mine == 0 && ok", "mine == 0"),
     ("quantise.cu", "(u32)other << 16", "(u32)sum << 16"),
+    ("mha.cu", "tok > mine + 16 * i", "tok >= mine + 16 * i"),
+    ("mha.cu", "t * TOKENS + TOKENS - 1 > mine", "t * TOKENS + TOKENS - 1 > mine + 16"),
+    ("mha.cu", "(k_at ^ k % 4 * 32)", "(k_at ^ k % 2 * 32)"),
+    ("mha.cu", "ldsm_x4_t(b, ", "ldsm_x4(b, "),
+    ("mha.cu", "o[i][j][2] *= fade[1];", "o[i][j][2] *= fade[0];"),
+    ("mha.cu", "l[i][h] = l[i][h] * fade[h] + sum;", "l[i][h] = l[i][h] + sum;"),
+    ("mha.cu", "(lane & 3) == 0 ? ml.y : 0.f", "ml.y"),
+    ("mha.cu", "first > 0 && at >= 0;", "first > 1000000 && at >= 0;"),
+    ("mha.cu", "if (first > 0 && t_beg >= t_end) return;", "if (t_beg >= t_end) return;"),
+    ("mha.cu", "sum += weight * ml.y;", "sum += ml.y;"),
+    ("mha.cu", "if (t + 1 < t_end) load_k(t + 1);", "if (t + 2 < t_end) load_k(t + 1);"),
+    ("expand.cu", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("expand.cu", "load(s + STAGES - 1);", "load(s + STAGES);"),
+    ("expand.cu", "const bool is_row = row0 + r < n,", "const bool is_row = true,"),
+    ("expand.cu", "of_v % N_V;", "of_v % NOPE;"),
+    ("expand.cu", "lane & h ? other - v[i] : v[i] + other", "v[i] + other"),
+    ("expand.cu", "gamma[i / 4]", "gamma[0]"),
+    ("widen.cu", "- c.m[g][i / 16]", ""),
+    ("widen.cu", "e / n_rows % steps", "e % steps"),
     ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
     ("route.cu", "first + second : first", "first : first"),
     ("experts.cu", "weights[t * n_used + s]", "weights[s]"),
@@ -75,7 +95,12 @@ def mutants() -> dict[str, tuple[str, str]]:
         text = (CUDA / file).read_text(encoding="utf-8")
         assert old in text, f"{file} has no {old!r}"
         found[f"{file}: {old} -> {new}"] = file, text.replace(old, new, 1)
-    for file in ("mla_decode.cu", "hadamard.cuh"):  # those of reduce.cuh are for whoever uses its memory again
+    for file in (
+        "mla_decode.cu",
+        "hadamard.cuh",
+        "mha.cu",
+        "expand.cu",
+    ):  # those of reduce.cuh are for whoever uses its memory again
         text = (CUDA / file).read_text(encoding="utf-8")
         for m in re.finditer(r"__syncthreads\(\);", text):
             line = text[: m.start()].count("\n") + 1
