@@ -19,6 +19,8 @@ A body gets the index of its tile, the address of its thread's scratch (SCRATCH_
 no arrays, allocates nothing and cannot raise: there are no bounds checks, so wrappers validate before they launch.
 Compiled code has the ABI of a Numba function: int32 f(void *ret, void **exc, int64 args, int64 tile, int64 scratch).
 
+A first start compiles in several processes: compiling.py.
+
 The cache lives in the user's cache folder (KONLY_CACHE_DIR overrides), one folder per key: the content of all of
 cpu_kernels/, the versions of Numba and llvmlite, the CPU's name and features. Files are written beside and renamed,
 so two processes may compile at once; a folder that cannot be written costs a compilation per process, nothing else.
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +58,8 @@ OPTIONS: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 
+Origin = tuple[str, str, dict[str, Any]]
+
 _lock = threading.RLock()
 _engines: list[Any] = []  # MCJIT engines own the machine code; one per object, since symbols of two may be equal
 
@@ -62,8 +67,9 @@ _engines: list[Any] = []  # MCJIT engines own the machine code; one per object, 
 class Code:
     """One specialisation of a kernel: compiled, or loaded from the cache, when `address` is first asked for."""
 
-    def __init__(self, name: str, build: Callable[[], Callable[..., None]]):
+    def __init__(self, name: str, build: Callable[[], Callable[..., None]], origin: Origin | None = None):
         self.name = name
+        self.origin = origin  # module, factory and constants, if another process can make it from these
         self._build = build
         self._address = 0
 
@@ -76,7 +82,11 @@ class Code:
         if not self._address:
             with _lock:
                 if not self._address:
-                    self._address = _link(*(_read(self.name) or self._compile()))
+                    found = _read(self.name)
+                    if found is None:
+                        found = self.compile()
+                        _write(self.name, *found)
+                    self._address = _link(*found)
         return self._address
 
     def load_cached(self) -> bool:
@@ -86,10 +96,16 @@ class Code:
                 self._address = _link(*found)
         return self.loaded
 
-    def _compile(self) -> tuple[str, bytes]:
-        symbol, code = _compile(self._build())
+    def compile(self) -> tuple[str, bytes]:
+        """(symbol, object file), neither kept nor loaded."""
+        return _compile(self._build())
+
+    def adopt(self, symbol: str, code: bytes) -> None:
+        """Keep and load what another process has compiled."""
         _write(self.name, symbol, code)
-        return symbol, code
+        with _lock:
+            if not self._address:
+                self._address = _link(symbol, code)
 
     def assembly(self) -> str:
         """What the compiler emitted, for tests that look at instructions."""
@@ -106,7 +122,9 @@ def kernel(factory: Callable[..., Callable[..., None]]) -> Callable[..., Code]:
         key = tuple(sorted(spec.items()))
         if key not in codes:
             name = "-".join([base] + [f"{k}={v}" for k, v in key])
-            codes[key] = Code(name, lambda: factory(**spec))
+            plain = all(isinstance(v, int | str) for v in spec.values()) and "<" not in factory.__qualname__
+            origin = (factory.__module__, factory.__name__, spec) if plain else None
+            codes[key] = Code(name, lambda: factory(**spec), origin)
         return codes[key]
 
     return code
@@ -115,16 +133,31 @@ def kernel(factory: Callable[..., Callable[..., None]]) -> Callable[..., Code]:
 def load(codes: Iterable[Code], progress: Callable[[int, int, str], None] | None = None) -> int:
     """Load every code, what the disk cache has first; returns how many had to be compiled.
 
-    progress(done, total, name) is called before each compilation and once at the end, with total = those to compile.
+    progress(done, total, name) is called before each compilation here, and once at the end, with total = those to
+    compile; if there are many, other processes compile some of them.
     """
     to_compile = [c for c in dict.fromkeys(codes) if not c.loaded and not c.load_cached()]
-    for i, c in enumerate(to_compile):
-        if progress:
-            progress(i, len(to_compile), c.name)
-        _ = c.address
-    if progress and to_compile:
-        progress(len(to_compile), len(to_compile), "")
-    return len(to_compile)
+    if not to_compile:
+        return 0
+    from .compiling import helped
+
+    total, queue = len(to_compile), deque(to_compile)
+    with helped(queue) as elsewhere:
+        while queue:
+            try:
+                code = queue.popleft()
+            except IndexError:  # a helper was quicker
+                break
+            if progress:
+                progress(total - len(queue) - 1, total, code.name)
+            _ = code.address
+    for code, found in elsewhere.items():
+        code.adopt(*found)
+    for code in to_compile:  # what a helper took and did not bring back
+        _ = code.address
+    if progress:
+        progress(total, total, "")
+    return total
 
 
 # ------------------------------------------------------------------------------------------------ compile and link
