@@ -6,6 +6,8 @@ A model whose experts do not fit the card's memory runs so. For each layer of a 
     CPU                                      x += experts(y)          (cpu_kernels)
     card   … the next layer ◄── x            pinned memory            (a graph)
 
+For a large ubatch the layer's experts are brought to the card instead, piece by piece (gpu_kernels/streamed.py).
+
 The shared expert comes before, on the card: it is ten microseconds of the milliseconds that a token's experts take from
 main memory, so that nothing is gained by computing both at once. One set of pinned arrays serves all layers of a run.
 """
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from .tensor import QuantTensor
+
+STREAM_TOKENS = 256  # of a ubatch, from which the experts' weights go to the card rather than the tokens to the CPU
 
 
 class HybridOps:
@@ -46,6 +50,10 @@ class HybridOps:
         """As the op; gate, up and down are on the card, or they are tensors of the file."""
         if not isinstance(gate, QuantTensor):
             self._gpu.experts(run, x, ids, weights, gate, up, down, out)
+            return
+        types = [w.type.id for w in (gate, up, down)]
+        if x.shape[0] >= STREAM_TOKENS and self._gpu.can_stream(run, types, x.shape[0]):
+            self._gpu.experts_streamed(run, x, ids, weights, gate, up, down, out)
             return
         pinned = run.beside.arrays(self._gpu.arrays, x, ids, weights, out)
         for to, a in zip(pinned, (x, ids, weights, out)):

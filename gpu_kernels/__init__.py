@@ -27,4 +27,6 @@ from .stream import Cancelled as Cancelled
 from .stream import Queue as Queue
 from .stream import Run as Run
 from .stream import prepare as prepare
+from .streamed import can_stream as can_stream
+from .streamed import experts_streamed as experts_streamed
 from .weights import upload as upload

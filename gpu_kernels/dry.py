@@ -28,7 +28,11 @@ class DryRun(Queue):
 
     @property
     def workspace_nbytes(self) -> int:
-        return self._workspace.nbytes
+        """What the ops that were queued have asked for, to work in and to keep."""
+        return self._workspace.nbytes + self.kept
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
 
     def empty(self, nbytes: int) -> np.ndarray:
         self.kept += -(-nbytes // 512) * 512  # as CuPy rounds

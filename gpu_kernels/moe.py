@@ -62,9 +62,23 @@ def experts(
     if n_embd % 32 or n_ff % 32:
         raise ValueError(f"experts of {n_embd} and {n_ff} values; expected multiples of 32")
     assert ids.flags.c_contiguous and weights.flags.c_contiguous
-    many = all(takes_gemm(run.limits, w.type.id, n_tok) for w in (gate, up, down))
-    slots, place = (_by_tile if many else _by_slot)(run, x, ids, gate, up, down)
-    args = (slots, place, weights, n_used, out, *steps("out", out), n_embd)
+    queue(run, x, ids, weights, gate, up, down, out)
+
+
+def by_tile(run: Any, types: Sequence[int], n_tok: int) -> bool:
+    return all(takes_gemm(run.limits, type_id, n_tok) for type_id in types)
+
+
+def queue(
+    run: Any, x: Any, ids: Any, weights: Any, gate: Weight, up: Weight, down: Weight, out: Any, first: int = 0
+) -> None:
+    """As experts, with arguments checked. By tiles, gate, up and down may be some experts, from `first` on."""
+    (n_tok, n_embd), n_used = x.shape, ids.shape[1]
+    if by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
+        slots, place = _by_tile(run, x, ids, gate, up, down, first)
+    else:
+        slots, place = _by_slot(run, x, ids, gate, up, down)
+    args = (slots, place, ids, first, gate.shape[0], weights, n_used, out, *steps("out", out), n_embd)
     run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
 
 
@@ -89,8 +103,11 @@ def _by_slot(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight)
     return downed, None
 
 
-def _by_tile(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight) -> tuple[Any, Any]:
-    """Queue: each slot's output (n_slots, n_embd) f32, sorted by expert, and the place of each slot there."""
+def _by_tile(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight, begin: int) -> tuple[Any, Any]:
+    """Queue: each slot's output (n_slots, n_embd) f32, sorted by expert, and the place of each slot there.
+
+    Slots of experts that are not here, begin … begin + len(gate) - 1, have neither.
+    """
     (n_tok, n_embd), n_used, (n_expert, n_ff, _) = x.shape, ids.shape[1], gate.shape
     n_slots = n_tok * n_used
     variants = choose(run.limits, [w.type.id for w in (gate, up, down)], n_slots / n_expert)
@@ -104,7 +121,11 @@ def _by_tile(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight)
     gated, upped = outputs[: 2 * n_slots * n_ff].reshape(2, n_slots, 1, n_ff)
     downed = outputs[: n_slots * n_embd].reshape(n_slots, 1, n_embd)  # once gated and upped have been read
     run.launch(
-        SORT_SLOTS, (n_expert,), THREADS_SORT, SHARED_SORT, (ids, n_slots, variants[0].tokens, order, place, tiles)
+        SORT_SLOTS,
+        (n_expert,),
+        THREADS_SORT,
+        SHARED_SORT,
+        (ids, n_slots, begin, variants[0].tokens, order, place, tiles),
     )
     narrow(run, x[:, None], narrowed)
     for w, to, variant in ((gate, gated, variants[0]), (up, upped, variants[1])):

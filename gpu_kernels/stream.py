@@ -60,7 +60,20 @@ class Call:
     function: Callable[[], None]
 
 
-Job = Launch | Copy | Call
+@dataclass(frozen=True)
+class Feed:
+    """fill(pinned) on the host, then pinned -> to beside the stream, which waits for it.
+
+    slot: 0 or 1, by turns: while one is filled and copied, kernels read the other.
+    """
+
+    to: Any
+    pinned: np.ndarray
+    fill: Callable[[np.ndarray], None]
+    slot: int
+
+
+Job = Launch | Copy | Call | Feed
 
 
 @dataclass
@@ -79,6 +92,7 @@ class Queue:
         self.limits = limits
         self.n_threads = n_threads or os.cpu_count() or 1  # of the host, for what it does beside
         self.cancel = np.zeros(1, np.int64)
+        self.staging: dict[Any, Any] = {}  # of streamed.py
         self._jobs: list[Job] = []
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
@@ -93,6 +107,10 @@ class Queue:
     def call(self, function: Callable[[], None]) -> None:
         """Queue a function of the host."""
         self._jobs.append(Call(function))
+
+    def feed(self, to: Any, pinned: np.ndarray, fill: Callable[[np.ndarray], None], slot: int) -> None:
+        """Queue what Feed says."""
+        self._jobs.append(Feed(to, pinned, fill, slot))
 
     def take(self) -> Tape:
         """The queue as a tape; the queue is empty afterwards."""
@@ -114,6 +132,10 @@ class Queue:
         """(nbytes,) u8 on the device, to keep."""
         raise NotImplementedError
 
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """(nbytes,) u8 of main memory that copies to the device can be queued from."""
+        raise NotImplementedError
+
     def put(self, to: Any, values: np.ndarray) -> None:
         """Bytes of the host to an array of as many, at once."""
         raise NotImplementedError
@@ -133,6 +155,7 @@ class Run(Queue):
         self.device = int(cupy.cuda.Device().id)
         self.stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
         self._workspace = cupy.empty(0, np.uint8)
+        self._feeder: Feeder | None = None
 
     def workspace(self, nbytes: int) -> Any:
         if self._workspace.size < nbytes:
@@ -145,6 +168,9 @@ class Run(Queue):
         import cupy
 
         return cupy.empty(nbytes, np.uint8)
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return arrays.mirror((nbytes,), np.uint8).host
 
     def put(self, to: Any, values: np.ndarray) -> None:
         arrays.put(to, values)
@@ -166,8 +192,10 @@ class Run(Queue):
                     self._look()
                     part()
             self.stream.synchronize()
-        except BaseException:
-            self.stream.synchronize()  # nothing of it goes on while the caller believes that it has ended
+        except BaseException:  # nothing of it goes on while the caller believes that it has ended
+            if self._feeder is not None:
+                self._feeder.stream.synchronize()
+            self.stream.synchronize()
             raise
 
     def profile(self, tape: Tape) -> list[tuple[str, float]]:
@@ -227,6 +255,9 @@ class Run(Queue):
         if isinstance(job, Call):
             self.stream.synchronize()
             job.function()
+        elif isinstance(job, Feed):
+            self._feeder = self._feeder or Feeder()
+            self._feeder.execute(job, self.stream)
         elif isinstance(job, Copy):
             import cupy
 
@@ -237,11 +268,31 @@ class Run(Queue):
             launch(function, job.grid, job.threads, job.shared, stream, job.args, overlaps)
 
 
+class Feeder:
+    """A stream for copies beside another, and for each slot the events that its copy and its readers are done."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._copied, self._read = ([cupy.cuda.Event(disable_timing=True) for _ in range(2)] for _ in range(2))
+
+    def execute(self, job: Feed, stream: Any) -> None:
+        import cupy
+
+        self._read[1 - job.slot].record(stream)  # all that reads the other slot has been queued by now
+        self._read[job.slot].synchronize()
+        job.fill(job.pinned)
+        cupy.cuda.runtime.memcpyAsync(address(job.to), address(job.pinned), job.to.nbytes, 4, self.stream.ptr)
+        self._copied[job.slot].record(self.stream)
+        stream.wait_event(self._copied[job.slot])
+
+
 def between_calls(jobs: Sequence[Job]) -> list[tuple[bool, list[Job]]]:
-    """Jobs in order, cut into runs of calls (True) and of what a graph can hold."""
+    """Jobs in order, cut into runs of what the host does (True) and of what a graph can hold."""
     runs: list[tuple[bool, list[Job]]] = []
     for job in jobs:
-        is_call = isinstance(job, Call)
+        is_call = isinstance(job, Call | Feed)
         if not runs or runs[-1][0] != is_call:
             runs.append((is_call, []))
         runs[-1][1].append(job)
@@ -249,10 +300,10 @@ def between_calls(jobs: Sequence[Job]) -> list[tuple[bool, list[Job]]]:
 
 
 def name_of(job: Job) -> str:
-    """'file.kernel', 'copy' or 'call'."""
+    """'file.kernel', 'copy', 'call' or 'feed'."""
     if isinstance(job, Launch):
         return f"{job.kernel.file.removesuffix('.cu')}.{job.kernel.name}"
-    return "copy" if isinstance(job, Copy) else "call"
+    return type(job).__name__.lower()
 
 
 def prepare(tapes: Sequence[Tape], progress: Callable[[int, int, str], None] | None = None) -> int:

@@ -6,12 +6,13 @@ has a single plane is copied to its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ._compile import kernel
-from .quants import Weight, format_of, planes_of
+from .quants import Format, Weight, format_of, planes_of
 from .stream import wide
 
 SPLIT = kernel("split.cu", "split")
@@ -35,14 +36,18 @@ def upload(run: Any, weight: Any) -> Weight:
             continue
         stage = run.workspace(some.size)
         run.put(stage, some)
-        for (offset, n), start in zip(f.planes, starts):
-            n_values = some.size // f.nbytes * n // 2
-            to = data[start + first * n :]
-            args = (stage, f.nbytes // 2, offset // 2, to, n // 2, wide(n_values))
-            run.launch(SPLIT, (-(-n_values // 256),), 256, 0, args)
+        split(run, f, stage, data, starts, first)
         run.sync()
     second, third, fourth = (*starts[1 : len(f.planes)], 0, 0, 0)[:3]
     return Weight(weight.type, tuple(weight.shape), data, (second, third, fourth))
+
+
+def split(run: Any, f: Format, blocks: Any, data: Any, starts: Sequence[int], first: int = 0) -> None:
+    """Queue: blocks, flat bytes on the device, are taken apart into the planes of data, from block `first` on."""
+    for (offset, n), start in zip(f.planes, starts):
+        n_values = blocks.size // f.nbytes * n // 2
+        args = (blocks, f.nbytes // 2, offset // 2, data[start + first * n :], n // 2, wide(n_values))
+        run.launch(SPLIT, (-(-n_values // 256),), 256, 0, args)
 
 
 def _pieces(data: np.ndarray) -> Any:

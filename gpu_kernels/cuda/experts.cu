@@ -3,6 +3,7 @@
 //   sort_slots     grid (experts), 512 threads    positions of each expert's slots, in the order of slots: order (slots)
 //                                                 slot at a position, place (slots) position of a slot; and
 //                                                 tiles (n_slots / tokens + experts): expert, first and last position, 0
+//                                                 of experts begin … begin + the grid's; slots of others have no position
 //   narrow_swiglu  grid (slots, ceil(n_out / 2048)), 256 threads    silu(gate) * up in 16 bits, zeros from n on
 //   add_slots      grid (ceil(n / 256), tokens), 256 threads        out[t] += sum over the slots s of token t, in the
 //                                                                   order of choice, of weight[t, s] * slots[place[t, s]]
@@ -12,7 +13,7 @@
 // A block finds its expert's slots alone: it counts those of the experts before. Tiles of expert e begin at
 // first / tokens + e, which leaves room for all tiles before it; those left over are empty (first = last).
 KERNEL(512, 1, sort_slots)(
-    const int* __restrict__ ids, int n_slots, int tokens, int* __restrict__ order, int* __restrict__ place,
+    const int* __restrict__ ids, int n_slots, int begin, int tokens, int* __restrict__ order, int* __restrict__ place,
     int4* __restrict__ tiles) {
   constexpr int WARPS = 16;
   DYN_SMEM(smem);
@@ -23,8 +24,8 @@ KERNEL(512, 1, sort_slots)(
   const int from = warp * each, to = min(from + each, n_slots);
   int before = 0, mine = 0;
   for (int i = from; i < to; i += 32) {
-    const int id = i + lane < to ? __ldg(ids + i + lane) : 0x7fffffff;
-    before += __popc(__ballot_sync(0xffffffffu, id < e));
+    const int id = i + lane < to ? __ldg(ids + i + lane) - begin : -1;
+    before += __popc(__ballot_sync(0xffffffffu, (u32)id < (u32)e));
     mine += __popc(__ballot_sync(0xffffffffu, id == e));
   }
   if (lane == 0) {
@@ -41,7 +42,7 @@ KERNEL(512, 1, sort_slots)(
   at += first;
   last += first;
   for (int i = from; i < to; i += 32) {
-    const bool is_mine = i + lane < to && __ldg(ids + i + lane) == e;
+    const bool is_mine = i + lane < to && __ldg(ids + i + lane) - begin == e;
     const u32 all = __ballot_sync(0xffffffffu, is_mine);
     const int p = at + __popc(all & ((1u << lane) - 1));
     if (is_mine) {
@@ -75,13 +76,14 @@ KERNEL(256, 1, narrow_swiglu)(
 }
 
 KERNEL(256, 1, add_slots)(
-    const float* __restrict__ slots, const int* __restrict__ place, const float* __restrict__ weights, int n_used,
-    float* __restrict__ out, i64 out_tok, int n) {
+    const float* __restrict__ slots, const int* __restrict__ place, const int* __restrict__ ids, int begin, int n_expert,
+    const float* __restrict__ weights, int n_used, float* __restrict__ out, i64 out_tok, int n) {
   const int i = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
   if (i >= n) return;
   float sum = 0.f;
   for (int s = 0; s < n_used; s++) {
     const int slot = t * n_used + s;
+    if ((u32)(ids[slot] - begin) >= (u32)n_expert) continue;
     sum += weights[slot] * slots[(i64)(place ? place[slot] : slot) * n + i];
   }
   out[t * out_tok + i] += sum;

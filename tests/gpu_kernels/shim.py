@@ -22,7 +22,7 @@ import pytest
 from gpu_kernels import _compile
 from gpu_kernels._compile import Kernel
 from gpu_kernels.device import CARDS, Limits
-from gpu_kernels.stream import Call, Cancelled, Copy, Queue, Tape
+from gpu_kernels.stream import Call, Cancelled, Copy, Feed, Queue, Tape
 
 HERE = Path(__file__).parent
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing")
@@ -103,12 +103,20 @@ class ShimRun(Queue):
         if self.at_once:
             self.sync()
 
+    def feed(self, *args: Any) -> None:
+        super().feed(*args)
+        if self.at_once:
+            self.sync()
+
     def replay(self, tape: Tape) -> None:
         for job in tape.jobs:
             if self.cancel[0]:
                 raise Cancelled
             if isinstance(job, Call):
                 job.function()
+            elif isinstance(job, Feed):
+                job.fill(job.pinned)
+                job.to[:] = job.pinned
             elif isinstance(job, Copy):
                 job.to.reshape(-1).view(np.uint8)[:] = job.start.reshape(-1).view(np.uint8)
             else:
@@ -137,6 +145,9 @@ class ShimRun(Queue):
         memory = np.full(nbytes + 256, 0xFF, np.uint8)
         start = -memory.ctypes.data % 256
         return memory[start : start + nbytes]
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return self.empty(nbytes)
 
     def put(self, to: np.ndarray, values: np.ndarray) -> None:
         to[...] = values

@@ -16,7 +16,7 @@ from shim_card import ShimOps, card
 from synthetic import write_model
 
 import engine.backend
-from engine import BackendError, Cancelled, Engine
+from engine import BackendError, Cancelled, Engine, hybrid
 from engine.cli import main
 from engine.k_cache import TYPES_K
 from engine.placing import Shape, need
@@ -25,6 +25,7 @@ from gpu_kernels.attention import choose
 from gpu_kernels.attention import kernels as decode_kernels
 from gpu_kernels.device import CARDS
 from gpu_kernels.k_cache import kernels as row_kernels
+from gpu_kernels.stream import Call, Feed
 
 matmul = importlib.import_module("gpu_kernels.matmul")
 instances(k for t in TYPES_K for n in (3, 12) for k in decode_kernels(choose(CARDS[90], t, 128, 32, n), t, 128, 32))
@@ -113,6 +114,17 @@ def test_experts_on_the_cpu_give_the_same_logits(path: Path, shim: ShimOps, n_pr
     prompt = [7 * i % 300 for i in range(n_prompt)]
     for tokens in (prompt, MORE, MORE):
         assert_relative_rms(gpu.step(tokens), cpu.step(tokens), TOLERANCE)
+
+
+def test_a_long_prompt_brings_the_experts_to_the_card(
+    path: Path, shim: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "STREAM_TOKENS", 20)
+    cpu, gpu = open_on("cpu", path), open_on("gpu", path, experts="cpu")
+    prompt = [7 * i % 300 for i in range(20)]
+    tape = gpu._record(20, 0, 1)[1]
+    assert any(isinstance(job, Feed) for job in tape.jobs) and not any(isinstance(job, Call) for job in tape.jobs)
+    assert_relative_rms(gpu.step(prompt), cpu.step(prompt), TOLERANCE)
 
 
 def test_a_cancelled_step_leaves_the_rows_that_were_there(path: Path, shim: ShimOps) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from shim import ShimRun, instances
 from weights import BF16, F32, Q4_K, Q6_K, Q8_0, Weight, rows, weight
 
 from engine import reference
-from gpu_kernels import experts, upload
+from gpu_kernels import can_stream, experts, experts_streamed, streamed, upload
 from gpu_kernels.device import CARDS, Limits
 
 matmul, moe = (importlib.import_module(f"gpu_kernels.{name}") for name in ("matmul", "moe"))
@@ -83,7 +84,7 @@ def test_slots_are_sorted_and_tiles_cover_each_expert(n_tok: int, n_expert: int,
     ids[ids == 1] = 0 if n_expert > 3 else 1  # expert 1 has none
     n_slots, n_tiles = ids.size, ids.size // tokens + n_expert
     order, place, tiles = (np.full(n, -1, np.int32) for n in (n_slots, n_slots, 4 * n_tiles))
-    args = (ids, n_slots, tokens, order, place, tiles)
+    args = (ids, n_slots, 0, tokens, order, place, tiles)
     ShimRun(-1).launch(moe.SORT_SLOTS, (n_expert,), moe.THREADS_SORT, moe.SHARED_SORT, args)
     assert np.array_equal(order, np.argsort(ids.ravel(), kind="stable"))
     assert np.array_equal(place[order], np.arange(n_slots))
@@ -105,3 +106,31 @@ def test_experts_of_other_shapes_are_refused() -> None:
     mats = [upload(run, weight(F32, 2, *shape)) for shape in ((32, 64), (32, 64), (32, 64))]
     with pytest.raises(ValueError, match="experts of shapes"):
         experts(run, rows(1, 64), np.zeros((1, 1), np.int32), rows(1, 1), *mats, rows(1, 64))
+
+
+@pytest.mark.parametrize("of_a_piece", [1, 3, 100], ids=lambda n: f"{n} experts a piece")
+@pytest.mark.parametrize("merged", [False, True], ids=["", "gate and up merged"])
+def test_experts_streamed_from_main_memory_give_what_experts_of_the_card_do(
+    monkeypatch: pytest.MonkeyPatch, of_a_piece: int, merged: bool
+) -> None:
+    shapes = [(7, 96, 256), (7, 96, 256), (7, 256, 96)]
+    gate, up, down = (weight(t, *shape, seed=i) for i, (t, shape) in enumerate(zip((Q4_K, Q4_K, Q8_0), shapes)))
+    if merged:
+        both = np.concatenate([gate.data, up.data], axis=1)  # a tensor of the file, of which both are parts
+        gate, up = dataclasses.replace(gate, data=both[:, :96]), dataclasses.replace(up, data=both[:, 96:])
+    each = sum(w.data[0].size for w in (gate, up, down))
+    monkeypatch.setattr(streamed, "PIECE", of_a_piece * each)
+    x, (ids, weights) = rows(20, 256), choice(20, 7, 3)
+    found, expected = (rows(20, 256, seed=9) for _ in range(2))
+    run = ShimRun(-1)
+    experts(run, x, ids, weights, *(upload(run, w) for w in (gate, up, down)), expected)
+    for _ in range(2):  # the buffers serve again
+        found = rows(20, 256, seed=9)
+        experts_streamed(run, x, ids, weights, gate, up, down, found)
+    assert_close(found, expected, rtol=np.inf, nmse=1e-12)
+
+
+def test_few_tokens_and_f32_weights_are_not_streamed() -> None:
+    run = ShimRun()
+    assert can_stream(run, [Q4_K, Q8_0], 17)
+    assert not can_stream(run, [Q4_K, Q8_0], 16) and not can_stream(run, [F32, Q8_0], 300)

@@ -110,6 +110,7 @@ class Logging(Run):
         Queue.__init__(self, CARDS[90])
         self.log: list[str] = []
         self.enter = lambda: None
+        self._feeder = None
         self.stream = Stream(self.log)
 
     def _execute(self, job: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import cpu_kernels
 import gpu_kernels
 
-ONLY_ON_GPU = {"DryRun", "GpuError", "Queue", "arrays", "device", "upload"}
+ONLY_ON_GPU = {"DryRun", "GpuError", "Queue", "arrays", "can_stream", "device", "experts_streamed", "upload"}
 
 
 def exported(package: ModuleType) -> set[str]:
