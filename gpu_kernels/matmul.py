@@ -38,19 +38,16 @@ def matvec(type_id: int, n_tok: int) -> Kernel:
 
 @dataclass(frozen=True)
 class Variant:
-    """A shape of gemm.cu: tokens and rows of a block, its warps along both, values of k a stage, stages of x.
-
-    It pays for `fill` blocks a multiprocessor and more, where so many as `resident` fit on one.
-    """
+    """A shape of gemm.cu: tokens and rows of a block, its warps along both, values of k a stage, stages of x."""
 
     tokens: int
     rows: int
     warps: tuple[int, int]
     depth: int
     stages: int
-    fill: float
-    resident: int = 1
-    floats_only: bool = False
+    for_floats: bool = (
+        False  # only where two blocks fit a multiprocessor; a third stage of weights, not of x, is what helps
+    )
 
     @property
     def threads(self) -> int:
@@ -73,22 +70,24 @@ class Variant:
         return min(256 // self.threads, limits.shared_per_sm // (self.shared_bytes(limits, type_id) + RESERVED))
 
     def fits(self, limits: Limits, type_id: int) -> bool:
-        right = format_of(type_id).is_float or not self.floats_only
-        enough = self.shared_bytes(limits, type_id) <= limits.shared_per_block
-        return right and enough and self.per_sm(limits, type_id) >= self.resident
+        if self.for_floats and not (format_of(type_id).is_float and self.per_sm(limits, type_id) > 1):
+            return False
+        return self.shared_bytes(limits, type_id) <= limits.shared_per_block
+
+    def most_splits(self, k: int) -> int:
+        """Into how many parts k may be cut; a block of 128 x 128 cannot, see gemm.cu."""
+        return max(1, min(MAX_SPLITS, -(-k // self.depth) // MIN_STAGES)) if self.tokens < 128 else 1
 
     def blocks(self, n_tok: int, n_rows: int, n_head: int) -> int:
         return -(-n_tok // self.tokens) * -(-n_rows // self.rows) * n_head
 
 
 VARIANTS = (
-    Variant(128, 256, (2, 4), 64, 3, 0.9, floats_only=True),
-    Variant(128, 128, (2, 2), 64, 4, 1.5, resident=2),
-    Variant(128, 128, (2, 2), 64, 3, 1.5),
-    Variant(64, 64, (2, 2), 128, 3, 0.9, resident=2),
-    Variant(64, 64, (2, 2), 128, 2, 0.9),
-    Variant(64, 128, (2, 2), 64, 2, 0.9),  # Turing's
-    Variant(32, 32, (2, 1), 128, 3, 0.0),
+    Variant(128, 128, (2, 2), 64, 3),
+    Variant(64, 64, (2, 2), 128, 3, for_floats=True),
+    Variant(64, 64, (2, 2), 128, 2),
+    Variant(64, 128, (2, 2), 64, 2),  # Turing's
+    Variant(32, 32, (2, 1), 128, 3),
 )
 
 
@@ -96,19 +95,14 @@ def takes_gemm(limits: Limits, type_id: int, n_tok: int) -> bool:
     return n_tok > MAX_DOT_TOKENS and format_of(type_id).name != "F32"
 
 
-def choose(limits: Limits, type_id: int, n_tok: int, n_rows: int, n_head: int = 1) -> Variant:
-    """The first variant that fits and pays; the last does always."""
-    return next(
-        v for v in VARIANTS
-        if v.fits(limits, type_id) and v.blocks(n_tok, n_rows, n_head) >= v.fill * limits.n_sm
-    )  # fmt: skip
-
-
-def splits(limits: Limits, type_id: int, variant: Variant, shape: tuple[int, int, int], k: int) -> int:
-    """Into how many parts k is cut for out (n_tok, n_head, m): as many as fill the card."""
-    n_tok, n_head, m = shape
-    most = min(MAX_SPLITS, -(-k // variant.depth) // MIN_STAGES)
-    return max(1, min(most, limits.n_sm * variant.per_sm(limits, type_id) // variant.blocks(n_tok, m, n_head)))
+def choose(limits: Limits, type_id: int, n_tok: int, n_rows: int, n_head: int, k: int) -> tuple[Variant, int]:
+    """A variant, and into how many splits k is cut: the first that fills the card, and its own tokens to a half."""
+    for v in VARIANTS:
+        blocks, most = v.blocks(n_tok, n_rows, n_head), v.most_splits(k)
+        fills = blocks * most >= 0.9 * limits.n_sm and v.tokens < 2 * n_tok
+        if v.fits(limits, type_id) and (fills or v is VARIANTS[-1]):
+            return v, max(1, min(most, limits.n_sm * v.per_sm(limits, type_id) // blocks))
+    raise AssertionError("the last variant fits every card")
 
 
 def geometry(type_id: int, n_rows: int, k: int, n_head: int) -> tuple[tuple[int, int], int]:
@@ -184,8 +178,7 @@ def queue(run: Any, weights: Sequence[Weight], x: Any, outs: Sequence[Any], accu
 def _split(run: Any, w: Weight, shape: tuple[int, int, int], k: int) -> tuple[Variant, int, int]:
     """For out (n_tok, n_head, m): a variant, its splits, and the bytes of their outs (0 for one)."""
     n_tok, n_head, m = shape
-    variant = choose(run.limits, w.type.id, n_tok, m, n_head)
-    n_splits = splits(run.limits, w.type.id, variant, shape, k)
+    variant, n_splits = choose(run.limits, w.type.id, n_tok, m, n_head, k)
     return variant, n_splits, 4 * n_splits * n_tok * n_head * m if n_splits > 1 else 0
 
 
@@ -270,7 +263,8 @@ def launch(
     f = format_of(w.type.id)
     if w.shape[-2:] != (m, k) or k % f.block:
         raise ValueError(f"a weight of {w.shape} values for rows of {k}")
-    grid, lanes = geometry(f.type_id, m, k, n_head)
+    (row_blocks, _), lanes = geometry(f.type_id, m, k, n_head)
+    grid = row_blocks, n_head * -(-n_tok // MAX_DOT_TOKENS)
     if f.is_float:
         of_x = (x, *(wide(4 * s) for s in steps("x", x, 4)), None)
     else:
@@ -278,7 +272,7 @@ def launch(
     run.launch(
         matvec(f.type_id, n_tok), grid, THREADS, 0,
         (w.data, *map(wide, w.planes), *of_x, out, *steps("out", out), m, k, n_tok, n_head, lanes, int(accumulate),
-         ids, slots_per_x),
+         MAX_DOT_TOKENS, ids, slots_per_x),
     )  # fmt: skip
 
 

@@ -6,9 +6,9 @@ A slot is a pair (token, choice); a token's slots are summed in the order of cho
 by shapes alone, so a captured graph serves every choice.
 
 Up to MAX_DOT_TOKENS tokens, each slot is a row of the grid of matvec.cu and finds its weights by the expert's id: a
-slot has the bits it has alone. More tokens are sorted by expert (experts.cu), and gemm.cu multiplies each expert's
-slots, some a tile; there are as many tiles as any choice may need, and an empty one ends at once. By F32 weights every
-number of tokens goes the first way.
+slot has the bits it has alone. So it is for more tokens where an expert has few slots, and by F32 weights. Else slots
+are sorted by expert (experts.cu), and gemm.cu multiplies each expert's, some a tile; there are as many tiles as any
+choice may need, and an empty one ends at once.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ SORT_SLOTS, NARROW_SWIGLU, ADD_SLOTS = (
     kernel("experts.cu", name) for name in ("sort_slots", "narrow_swiglu", "add_slots")
 )
 THREADS_SORT, SHARED_SORT = 512, 128
+FEW_SLOTS = 3  # an expert, below which reading its weights for each slot is faster than a tile of 32
 THREADS, VALUES = 256, 8  # of narrow_swiglu: values of a thread
 
 
@@ -66,19 +67,21 @@ def experts(
 
 
 def by_tile(run: Any, types: Sequence[int], n_tok: int) -> bool:
+    """Whether so many tokens can be multiplied by tiles."""
     return all(takes_gemm(run.limits, type_id, n_tok) for type_id in types)
 
 
 def queue(
-    run: Any, x: Any, ids: Any, weights: Any, gate: Weight, up: Weight, down: Weight, out: Any, first: int = 0
+    run: Any, x: Any, ids: Any, weights: Any, gate: Weight, up: Weight, down: Weight, out: Any, first: int | None = None
 ) -> None:
-    """As experts, with arguments checked. By tiles, gate, up and down may be some experts, from `first` on."""
-    (n_tok, n_embd), n_used = x.shape, ids.shape[1]
-    if by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
-        slots, place = _by_tile(run, x, ids, gate, up, down, first)
+    """As experts, with arguments checked. With `first`, gate, up and down are some of them, from that one on: by tiles."""
+    (n_tok, n_embd), n_used, n_expert = x.shape, ids.shape[1], gate.shape[0]
+    enough = first is not None or n_tok * n_used >= FEW_SLOTS * n_expert
+    if enough and by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
+        slots, place = _by_tile(run, x, ids, gate, up, down, first or 0)
     else:
         slots, place = _by_slot(run, x, ids, gate, up, down)
-    args = (slots, place, ids, first, gate.shape[0], weights, n_used, out, *steps("out", out), n_embd)
+    args = (slots, place, ids, first or 0, n_expert, weights, n_used, out, *steps("out", out), n_embd)
     run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
 
 
@@ -141,7 +144,7 @@ def choose(limits: Limits, type_ids: Sequence[int], slots_an_expert: float) -> l
     """A variant for each matrix, all of as many tokens a tile, which an expert's slots fill to two thirds at least."""
     found: list[Variant] = []
     for tokens in (128, 64, 32):
-        options = [v for v in VARIANTS if v.tokens == tokens and not v.floats_only]
+        options = [v for v in VARIANTS if v.tokens == tokens and not v.for_floats]
         of_types = [[v for v in options if v.fits(limits, t)] for t in type_ids]
         if all(of_types) and (slots_an_expert * 3 >= tokens * 2 or tokens == 32):
             found = [some[0] for some in of_types]

@@ -63,6 +63,7 @@ def main() -> int:
         print(f"copy: {rate:,.0f} GB/s (bytes read and written)\n", flush=True)
         time_decode(run, rate, options.quick)
         time_products(run, rate, options.quick)
+        time_experts(run)
         time_prefill(run)
         time_small(run)
     if options.json:
@@ -245,7 +246,7 @@ def check_products(run: Any) -> None:
         values = run.upload(np.empty((500, k), np.float32))
         ops.embed_rows(run, w, run.upload(np.arange(500, dtype=np.int32)), values)
         alone = []
-        for n_tok in (1, 6, 70):
+        for n_tok in (1, 6, 17, 70, 300):
             x = normal(n_tok, k)
             out = run.upload(np.full((n_tok, 500), np.nan, np.float32))
             ops.matmul(run, w, run.upload(x), out)
@@ -254,6 +255,14 @@ def check_products(run: Any) -> None:
             allowed = 2.5e-5 if takes_gemm(run.limits, f.type_id, n_tok) else 1e-11 if f.is_float else 1.5e-4
             compare(f"matmul {f.name} {n_tok} tokens", out, expected, allowed)
             alone.append(out)
+        x, out = normal(40, 8, k, seed=3), run.upload(np.full((40, 8, 100), np.nan, np.float32))
+        heads = ops.quants.Weight(w.type, (5, 100, k), w.data, w.planes)
+        ops.matmul_heads(run, heads, run.upload(x)[:, :5], out[:, 3:])
+        run.sync()
+        per_head = values.get().astype(np.float64).reshape(5, 100, k)
+        expected = np.einsum("thk,hmk->thm", x[:, :5].astype(np.float64), per_head)
+        allowed = 2.5e-5 if takes_gemm(run.limits, f.type_id, 40) else 1e-11
+        compare(f"matmul_heads {f.name} 40 tokens", out[:, 3:], expected, allowed)
         out = run.upload(np.empty((1, 500), np.float32))
         ops.matmul(run, w, run.upload(normal(6, k)[:1]), out)
         run.sync()
@@ -261,9 +270,10 @@ def check_products(run: Any) -> None:
 
 
 def check_experts(run: Any) -> None:
-    n_expert, n_embd, n_ff = 5, 512, 256
-    for name, type_id in (("F32", 0), ("Q4_K", 12)):
-        mats = [random_weight(run, type_id, n_expert, *s) for s in ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))]
+    n_expert, n_embd, n_ff = 9, 512, 256
+    for name, types in (("F32", (0, 0, 0)), ("Q4_K Q6_K", (12, 12, 14)), ("BF16 F16 Q5_0", (30, 1, 6))):
+        shapes = ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))
+        mats = [random_weight(run, t, n_expert, *shape) for t, shape in zip(types, shapes)]
         values = []
         for w in mats:
             _, m, k = w.shape
@@ -272,16 +282,22 @@ def check_experts(run: Any) -> None:
             ops.embed_rows(run, flat, run.upload(np.arange(n_expert * m, dtype=np.int32)), decoded)
             run.sync()
             values.append(decoded.get().astype(np.float64).reshape(w.shape))
-        x, ids = normal(2, n_embd) * 0.01, np.array([[3, 0], [3, 4]], np.int32)
-        weights, out = np.abs(normal(2, 2)), run.upload(np.zeros((2, n_embd), np.float32))
-        ops.experts(run, run.upload(x), run.upload(ids), run.upload(weights), *mats, out)
-        run.sync()
-        expected = np.zeros((2, n_embd))
-        for t in range(2):
-            for e, p in zip(ids[t], weights[t]):
-                gate, up = values[0][e] @ x[t], values[1][e] @ x[t]
-                expected[t] += p * (values[2][e] @ (gate / (1 + np.exp(-gate)) * up))
-        compare(f"experts {name}", out, expected, 1e-10 if type_id == 0 else 1e-3)
+        for n_tok in (2, 70, 700):
+            x, ids = normal(n_tok, n_embd) * 0.01, chosen(n_tok, n_expert - 1, 3)  # the last has no token
+            weights, out = np.abs(normal(n_tok, 3)), run.upload(np.zeros((n_tok, n_embd), np.float32))
+            ops.experts(run, run.upload(x), run.upload(ids), run.upload(weights), *mats, out)
+            run.sync()
+            expected = np.zeros((n_tok, n_embd))
+            for e in range(n_expert):
+                token, slot = np.nonzero(ids == e)
+                gate, up = x[token] @ values[0][e].T, x[token] @ values[1][e].T
+                expected[token] += weights[token, slot, None] * (gate / (1 + np.exp(-gate)) * up @ values[2][e].T)
+            compare(f"experts {name} {n_tok} tokens", out, expected, 1e-10 if name == "F32" else 1e-3)
+
+
+def chosen(n_tok: int, n_expert: int, n_used: int) -> np.ndarray:
+    """Random ids, all different for a token."""
+    return np.ascontiguousarray(np.argsort(normal(n_tok, n_expert, seed=7), axis=1)[:, :n_used], np.int32)
 
 
 def check_prefill(run: Any) -> None:
@@ -406,7 +422,7 @@ def time_decode(run: Any, rate: float, quick: bool) -> None:
 
 def time_products(run: Any, rate: float, quick: bool) -> None:
     m, k = 8192, 4096
-    print(f"matmul, ({m}, {k}), with the activations' quantisation, from a graph")
+    print(f"matmul, ({m}, {k}), with the activations' quantisation or rounding, from a graph")
     print("| type | tokens | µs | GB/s of weights | of copy | TFLOP/s |\n|---|---|---|---|---|---|")
     for f in FORMATS.values():
         nbytes = m * k // f.block * f.nbytes
@@ -415,7 +431,7 @@ def time_products(run: Any, rate: float, quick: bool) -> None:
         weights = [first] + [
             ops.quants.Weight(first.type, first.shape, first.data.copy(), first.planes) for _ in range(n_sets - 1)
         ]
-        for n_tok in (1,) if quick else (1, 4, 16, 512):
+        for n_tok in (1, 512) if quick else (1, 4, 16, 32, 64, 512, 4096):
             x, out = run.upload(normal(n_tok, k)), run.upload(np.zeros((n_tok, m), np.float32))
             t = seconds(run, [lambda w=w, x=x, out=out: ops.matmul(run, w, x, out) for w in weights])
             gb_s = nbytes / t / 1e9
@@ -423,6 +439,24 @@ def time_products(run: Any, rate: float, quick: bool) -> None:
             report["matvec"].append({"type": f.name, "n_tok": n_tok, "us": t * 1e6, "gb_s": gb_s, "share": gb_s / rate})
             row = f"| {f.name} | {n_tok} | {t * 1e6:.1f} | {gb_s:,.0f} | {gb_s / rate:.0%} | {tflops:.1f} |"
             print(row, flush=True)
+    print()
+
+
+def time_experts(run: Any) -> None:
+    n_expert, n_used, n_embd, n_ff = 64, 6, 2048, 1408
+    print(f"experts, {n_used} of {n_expert}, {n_embd} and {n_ff} values, from a graph")
+    print("| gate and up, down | tokens | µs | TFLOP/s |\n|---|---|---|---|")
+    for name, types in (("Q4_K, Q8_0", (12, 12, 8)), ("Q8_0, Q8_0", (8, 8, 8)), ("BF16, BF16", (30, 30, 30))):
+        shapes = ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))
+        mats = [random_weight(run, t, n_expert, *shape) for t, shape in zip(types, shapes)]
+        for n_tok in (1, 16, 32, 512, 4096):
+            x, out = run.upload(normal(n_tok, n_embd)), run.upload(np.zeros((n_tok, n_embd), np.float32))
+            ids, weights = run.upload(chosen(n_tok, n_expert, n_used)), run.upload(np.abs(normal(n_tok, n_used)))
+            args = (run, x, ids, weights, *mats, out)
+            t = seconds(run, [lambda args=args: ops.experts(*args)] * 2)
+            report["small"].append({"name": f"experts {name} {n_tok} tokens", "us": t * 1e6})
+            tflops = 6 * n_tok * n_used * n_embd * n_ff / t / 1e12
+            print(f"| {name} | {n_tok} | {t * 1e6:,.0f} | {tflops:.1f} |", flush=True)
     print()
 
 

@@ -44,9 +44,9 @@ DEVICE int column(int unit, int g) {
   const u32 step = unit * (2 / GROUPS) + g / GROUPS;
   return step / STEPS * BLOCK + 32 * group_at(step % STEPS, g % GROUPS);
 }
-// after which of a stage's K * N turns chunk i of a unit is written: in the second half of the time since its fetch
+// after which of a stage's K * N turns chunk i of a unit is written: late after its fetch, whose data take their time
 DEVICE constexpr int put_at(int i) {
-  return HALVES ? K * N / 2 * (i / 4) + K * N / 4 + i % 4 * (K * N / 4) / 4 : K * N / 2 + i * (K * N / 2) / 8;
+  return HALVES ? K * N / 2 * (i / 4 + 1) - 3 + i % 4 * 3 / 4 : K * N / 2 + i * (K * N / 2) / 8;
 }
 DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 

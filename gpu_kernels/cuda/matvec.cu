@@ -1,6 +1,7 @@
 // matvec: out[t, h, r] (+)= weight[h, r] . x[t, h] for a few tokens; a weight is read and decoded once for TOKENS of them.
 //
-//   grid (ceil(rows / rows a block), heads), 128 threads: `lanes` threads a row, so 128 / lanes rows a block
+//   grid (ceil(rows / rows a block), heads * ceil(tokens / tokens a block)), 128 threads: `lanes` threads a row, so
+//   128 / lanes rows a block
 //
 // Quantised weights meet int8 activations (quantise.cu) in dp4a, 32 values at a time: with a minimum m of 16, the sum
 // of the activations is subtracted m times. F32, F16 and BF16 meet f32. What a thread adds up does not depend on TOKENS.
@@ -69,20 +70,21 @@ DEVICE void add_step(
 KERNEL(128, 1, matvec)(
     const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u8* __restrict__ x, i64 x_tok, i64 x_head,
     const uint2* __restrict__ scales, float* __restrict__ out, i64 out_tok, i64 out_head, int n_rows, int k, int n_tok,
-    int n_head, int lanes, int accumulate, const int* __restrict__ ids, int slots_per_x) {
+    int n_head, int lanes, int accumulate, int tokens_a_block, const int* __restrict__ ids, int slots_per_x) {
   const int tid = threadIdx.x, mine = tid & (lanes - 1), row = blockIdx.x * (128 / lanes) + tid / lanes;
-  const int head = blockIdx.y, n_steps = IS_FLOAT ? k / 8 : k / BLOCK * STEPS;
+  const int head = blockIdx.y % n_head, first = blockIdx.y / n_head * tokens_a_block;
+  const int last = min(first + tokens_a_block, n_tok), n_steps = IS_FLOAT ? k / 8 : k / BLOCK * STEPS;
   const int matrix = ids ? ids[head] : head, head_x = ids ? head / slots_per_x : head;
   const bool ok = row < n_rows;
   const i64 from_row = (i64)matrix * n_rows + (ok ? row : n_rows - 1);
   const Planes planes = {w, w + at_b, w + at_c, w + at_d};
-  for (int t0 = 0; t0 < n_tok; t0 += TOKENS) {
+  for (int t0 = first; t0 < last; t0 += TOKENS) {
     float acc[TOKENS];
     const u8* of_x[TOKENS];
     const uint2* of_scales[TOKENS];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
-      const int token = t0 + t < n_tok ? t0 + t : n_tok - 1;
+      const int token = min(t0 + t, last - 1);
       acc[t] = 0.f;
       of_x[t] = x + token * x_tok + head_x * x_head;  // in bytes
       of_scales[t] = scales + ((i64)token * n_head + head_x) * (k / 32);
@@ -93,7 +95,7 @@ KERNEL(128, 1, matvec)(
     for (int t = 0; t < TOKENS; t++) {
       float v = acc[t];
       for (int d = lanes / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
-      if (mine == 0 && ok && t0 + t < n_tok) {
+      if (mine == 0 && ok && t0 + t < last) {
         float* to = out + (t0 + t) * out_tok + head * out_head + row;
         *to = accumulate ? *to + v : v;
       }

@@ -24,7 +24,7 @@ NMSE_INT8, NMSE_BF16, NMSE_F32 = 1.5e-4, 2.5e-5, 1e-12
 
 instances(module.matvec(f, n) for f in FORMATS for n in (1, 4))
 instances(v.kernel(CARDS[90], f) for v in module.VARIANTS for f in FORMATS if f)
-instances(v.kernel(CARDS[75], Q8_0) for v in module.VARIANTS[-2:])
+instances(v.kernel(CARDS[75], Q8_0) for v in module.VARIANTS[-1:])
 instances(kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS)
 
 
@@ -81,6 +81,41 @@ def test_every_shape_of_block_multiplies_every_type(variant: Any, type_id: int) 
     w, x = weight(type_id, 40, 512), rows(18, 512)
     found = multiplied(w, x, variant, -1)
     assert_close(found, x.astype(np.float64) @ w.values.T, rtol=np.inf, nmse=NMSE_BF16)
+
+
+@pytest.mark.parametrize("type_id", [BF16, Q8_0])
+@pytest.mark.parametrize("n_splits", [2, 3, 8])
+@pytest.mark.parametrize("k", [96, 1408])
+def test_splits_of_k_add_up(k: int, n_splits: int, type_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "choose", lambda *_: (module.VARIANTS[-1], n_splits))
+    w, x = weight(type_id, 3, 37, k), rows(17, 3, k)
+    out, run = np.full((17, 3, 37), np.nan, np.float32), ShimRun(-1)
+    matmul_heads(run, upload(run, w), x, out)
+    expected = np.einsum("hmk,thk->thm", w.values, x.astype(np.float64))
+    assert_close(out, expected, rtol=np.inf, nmse=NMSE_BF16)
+    assert any(kernel == module.ADD_SPLITS for kernel, *_ in run.launched)
+
+
+SHAPES = [(512, 8192, 1, 4096), (512, 2048, 1, 2048), (64, 8192, 1, 4096), (64, 2048, 1, 2048), (20, 2048, 1, 2048),
+          (64, 128, 16, 512), (64, 512, 16, 128), (4096, 576, 1, 2048), (17, 33, 1, 32)]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", CARDS.values(), ids=lambda card: card.name)
+def test_a_block_fits_the_card_and_a_large_product_fills_it(limits: Any) -> None:
+    for type_id in FORMATS:
+        if type_id == F32:
+            continue
+        for n_tok, m, n_head, k in SHAPES:
+            variant, n_splits = module.choose(limits, type_id, n_tok, m, n_head, k)
+            assert variant.shared_bytes(limits, type_id) <= limits.shared_per_block
+            assert 1 <= n_splits <= variant.most_splits(k)
+        assert module.choose(limits, type_id, 4096, 8192, 1, 4096)[0].tokens == (128 if limits.has_bf16 else 64)
+
+
+def test_every_variant_is_some_card_s_choice() -> None:
+    taken = {module.choose(card, t, n_tok, m, n_head, k)[0]
+             for card in CARDS.values() for t in (BF16, Q4_K) for n_tok, m, n_head, k in SHAPES}  # fmt: skip
+    assert taken == set(module.VARIANTS)
 
 
 def test_turing_multiplies_many_tokens_in_f16() -> None:
