@@ -20,6 +20,7 @@ against 294 TFLOP/s after 15,872 rows), 256 columns a block of expand (118 -> 12
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,12 @@ def chunk_rows(n_kv: int, n_head: int, nope: int, n_v: int) -> int:
     return -(-rows // TILE) * TILE
 
 
+@functools.cache
 def widen_kernel(type_id: int, type_k: str) -> Kernel:
     return kernel("widen.cu", "widen_weights", {"TYPE_ID": type_id, "TYPE_K": TYPES_K.index(type_k)})
 
 
+@functools.cache
 def expand_kernels(type_k: str, kv_lora_rank: int, n_rot: int, nope: int, n_v: int) -> dict[str, Kernel]:
     defines = {
         "KV_LORA_RANK": kv_lora_rank, "N_ROT": n_rot, "TYPE_K": TYPES_K.index(type_k), "NOPE": nope, "N_V": n_v,
@@ -108,6 +111,7 @@ def expand_kernels(type_k: str, kv_lora_rank: int, n_rot: int, nope: int, n_v: i
     return {name: kernel("expand.cu", name, defines) for name in ("expand", "widen_rows", "rotate_weights")}
 
 
+@functools.cache
 def kernels(v: Variant, type_k: str, kv_lora_rank: int, n_rot: int, nope: int, n_v: int) -> tuple[Kernel, Kernel]:
     """mha and mha_combine."""
     defines = {
