@@ -36,6 +36,7 @@ from .workspace import pieces
 TILE, EXPAND_SHARED = 128, 96 << 10  # of expand.cu: rows and columns of a block, bytes
 CHUNK_BYTES, CHUNK_ROWS = 128 << 20, (2048, 16_384)  # of K and V; at least and at most so many rows
 MAX_SPLITS, OF_A_SPLIT = 8, 0.02  # what one more costs, as a part of the time without any
+MAX_KEPT = 2048  # tokens, times splits, whose sums are kept: so that fewer tokens do not take more memory
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def geometry(limits: Limits, v: Variant, shared: int, n_tok: int, n_head: int, n
     """The grid of mha: (blocks of queries, all heads'; splits of a chunk, so many that the card is well filled)."""
     at_once = limits.n_sm * max(1, min(v.blocks, limits.shared_per_sm // (shared + 1024)))
     blocks = n_head * -(-n_tok // v.queries)
-    splits = range(1, min(MAX_SPLITS, -(-n_kv // v.tokens)) + 1)
+    splits = range(1, min(MAX_SPLITS, -(-n_kv // v.tokens), max(1, MAX_KEPT // n_tok)) + 1)
     return blocks, min(splits, key=lambda s: -(-blocks * s // at_once) / s + OF_A_SPLIT * s)
 
 

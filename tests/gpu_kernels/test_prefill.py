@@ -155,6 +155,16 @@ def test_splits_fill_the_card(n_head: int, n_tok: int, splits: int) -> None:
     assert mha.geometry(CARDS[90], v, v.shared_bytes(192, 128), n_tok, n_head, 8192)[1] == splits
 
 
+@pytest.mark.parametrize("n_head", [16, 20, 128])
+def test_fewer_tokens_keep_no_more_sums(n_head: int) -> None:
+    v = mha.Variant(2, 4, 64, 2)
+
+    def kept(n_tok: int) -> int:
+        return n_tok * mha.geometry(CARDS[90], v, v.shared_bytes(192, 128), n_tok, n_head, 8192)[1]
+
+    assert max(map(kept, range(1, 2049))) <= 2048
+
+
 @pytest.mark.parametrize(
     "n_tok, n_past, is_mha", [(17, 0, True), (17, 1500, False), (64, 8000, False), (65, 8000, True)]
 )
