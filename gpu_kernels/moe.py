@@ -74,7 +74,7 @@ def by_tile(run: Any, types: Sequence[int], n_tok: int) -> bool:
 def queue(
     run: Any, x: Any, ids: Any, weights: Any, gate: Weight, up: Weight, down: Weight, out: Any, first: int | None = None
 ) -> None:
-    """As experts, with arguments checked. With `first`, gate, up and down are some of them, from that one on: by tiles."""
+    """As experts, with arguments checked. With `first`, gate, up and down are some of them, from there on: by tiles."""
     (n_tok, n_embd), n_used, n_expert = x.shape, ids.shape[1], gate.shape[0]
     enough = first is not None or n_tok * n_used >= FEW_SLOTS * n_expert
     if enough and by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
