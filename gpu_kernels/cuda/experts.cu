@@ -11,7 +11,8 @@
 #include "narrow.cuh"
 
 // A block finds its expert's slots alone: it counts those of the experts before. Tiles of expert e begin at
-// first / tokens + e, which leaves room for all tiles before it; those left over are empty (first = last).
+// first / tokens + e, which leaves room for all tiles before it; those left over are empty (first = last), also those
+// after the last expert's: slots of experts that are not here have none.
 KERNEL(512, 1, sort_slots)(
     const int* __restrict__ ids, int n_slots, int begin, int tokens, int* __restrict__ order, int* __restrict__ place,
     int4* __restrict__ tiles) {
@@ -52,7 +53,8 @@ KERNEL(512, 1, sort_slots)(
     at += __popc(all);
   }
   const int first_tile = first / tokens + e;
-  for (int j = first_tile + threadIdx.x; j < last / tokens + e + 1; j += 512) {
+  const int end = e + 1 < (int)gridDim.x ? last / tokens + e + 1 : n_slots / tokens + gridDim.x;
+  for (int j = first_tile + threadIdx.x; j < end; j += 512) {
     const int p = min(first + (j - first_tile) * tokens, last);
     tiles[j] = make_int4(e, p, min(p + tokens, last), 0);
   }

@@ -108,6 +108,21 @@ def test_experts_of_other_shapes_are_refused() -> None:
         experts(run, rows(1, 64), np.zeros((1, 1), np.int32), rows(1, 1), *mats, rows(1, 64))
 
 
+def test_tiles_of_some_experts_are_all_written_and_cover_their_slots_alone() -> None:
+    ids, begin, n_expert, tokens = choice(600, 9, 3)[0], 2, 3, 32
+    n_slots, n_tiles = ids.size, ids.size // tokens + n_expert
+    order, place, tiles = (np.full(n, -1, np.int32) for n in (n_slots, n_slots, 4 * n_tiles))
+    args = (ids, n_slots, begin, tokens, order, place, tiles)
+    ShimRun(-1).launch(moe.SORT_SLOTS, (n_expert,), moe.THREADS_SORT, moe.SHARED_SORT, args)
+    flat = ids.ravel()
+    here = np.flatnonzero((flat >= begin) & (flat < begin + n_expert))
+    expected = here[np.argsort(flat[here], kind="stable")]
+    assert (tiles >= 0).all()  # garbage would be read as a tile
+    covered = [(e, p) for e, first, last, _ in tiles.reshape(-1, 4) for p in range(first, last)]
+    assert covered == [(flat[slot] - begin, p) for p, slot in enumerate(expected)]
+    assert np.array_equal(order[: len(here)], expected)
+
+
 @pytest.mark.parametrize("of_a_piece", [1, 3, 100], ids=lambda n: f"{n} experts a piece")
 @pytest.mark.parametrize("merged", [False, True], ids=["", "gate and up merged"])
 def test_experts_streamed_from_main_memory_give_what_experts_of_the_card_do(
