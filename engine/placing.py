@@ -104,8 +104,9 @@ def of_steps(weights: DeepSeek2, ops: Any, shape: Shape, n_threads: int | None =
     cache = KCache(layout_of(hp, shape))
     assert shape.n_ubatch is not None
     n_ubatch = min(shape.n_ubatch, n_ctx)
-    buffers, workspace = Buffers(n_ubatch), 0
-    for n_tok in {1, min(16, n_ubatch), n_ubatch}:
+    longest = min(n_ubatch, shape.min_mha_tokens - 1)  # that absorbs
+    buffers, workspace = Buffers(n_ubatch, n_absorbed=longest), 0
+    for n_tok in {1, min(16, n_ubatch), max(1, longest), n_ubatch}:
         run = ops.Run(n_threads)
         parts = [(slice(0, n_tok), cache.rows)]
         mha = n_tok >= shape.min_mha_tokens

@@ -22,17 +22,22 @@ Part = tuple[slice, list[np.ndarray]]
 
 
 class Buffers:
-    """Arrays of one stream by name, for up to n_rows tokens; later steps reuse them. arrays: where they lie."""
+    """Arrays of one stream by name, for up to n_rows tokens; later steps reuse them.
 
-    def __init__(self, n_rows: int, arrays: ModuleType = host):
+    arrays     where they lie
+    n_absorbed tokens of the longest step that absorbs; None: n_rows. What only such steps need has no more rows
+    """
+
+    def __init__(self, n_rows: int, arrays: ModuleType = host, n_absorbed: int | None = None):
         self.n_rows, self.arrays = n_rows, arrays
+        self.n_absorbed = n_rows if n_absorbed is None else min(n_absorbed, n_rows)
         self._known: dict[str, Any] = {}
         self._inputs: Any = None
 
-    def get(self, name: str, width: int, dtype: Any) -> Any:
+    def get(self, name: str, width: int, dtype: Any, n_rows: int) -> Any:
         array = self._known.get(name)
         if array is None or array.shape[1] < width:
-            array = self._known[name] = self.arrays.zeros((self.n_rows, width), dtype)
+            array = self._known[name] = self.arrays.zeros((n_rows, width), dtype)
         return array
 
     def inputs(self, n_tok: int, width: int) -> Any:
@@ -97,6 +102,12 @@ class Step:
 
     def array(self, name: str, *shape: int, dtype: Any = np.float32) -> np.ndarray:
         """(n_tok, *shape), contents undefined; the same memory for the same name in every layer."""
-        width = prod(shape)
-        flat = self._buffers.get(f"{name}{shape}", width, dtype)[: self.n_tok]
+        return self._array(name, shape, dtype, self._buffers.n_rows)
+
+    def absorbed(self, name: str, *shape: int) -> np.ndarray:
+        """The same, for what steps in MHA mode do not need."""
+        return self._array(name, shape, np.float32, self._buffers.n_absorbed)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: Any, n_rows: int) -> np.ndarray:
+        flat = self._buffers.get(f"{name}{shape}", prod(shape), dtype, n_rows)[: self.n_tok]
         return flat.reshape(self.n_tok, *shape)

@@ -40,7 +40,7 @@ class Stream:
         self._text: object = None  # the generation that the cache belongs to; nobody's after a step or a truncate()
         self._keeps_prefixes = True
         self._run = model.ops.Run(model.n_threads)
-        self._buffers = Buffers(self.n_ubatch, model.arrays)
+        self._buffers = Buffers(self.n_ubatch, model.arrays, model.min_mha_tokens - 1)
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._compiled: set[int] = set()
         self._busy = threading.Lock()

@@ -1,7 +1,7 @@
 """What a machine with an NVIDIA card and CuPy can tell: python scripts/gpu_check.py [--quick] [--json FILE]
 
-First every kernel against float64 (exit 1 if one is wrong), then times, with shares of the measured copy rate.
-Needs CuPy and NumPy, and no network.
+First every kernel against float64 (exit 1 if one is wrong), then times, with shares of the measured copy rate and of
+what tensor cores multiply; then whole models (gpu_model.py). Needs what konly needs, 12 GB of disk, and no network.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ report: dict[str, Any] = {"correctness": [], "mla_decode": [], "matvec": [], "sm
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--kernels", action="store_true", help="no whole models (gpu_model.py)")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     try:
@@ -58,14 +60,22 @@ def main() -> int:
         check_prefill(run)
         print(f"{len(report['correctness'])} comparisons, {len(failures)} failed {failures or ''}\n", flush=True)
 
-        rate = copy_rate(run)
-        report.update(device=limits.name, copy_gb_s=rate, cupy=cupy.__version__)
-        print(f"copy: {rate:,.0f} GB/s (bytes read and written)\n", flush=True)
+        measured = ops.roofline.limits(run)
+        rate = measured["read_gb_s"]
+        report.update(device=limits.name, limits=measured, cupy=cupy.__version__)
+        peaks = ", ".join(f"{kind} {2e-3 * measured[f'{kind}_gmul_s']:,.0f}" for kind in ("bf16", "int8", "f32"))
+        print(f"copy {rate:,.0f} GB/s (bytes read and written); TFLOP/s out of registers: {peaks}\n", flush=True)
         time_decode(run, rate, options.quick)
         time_products(run, rate, options.quick)
         time_experts(run)
         time_prefill(run)
         time_small(run)
+    if not options.kernels:
+        import gpu_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            report["models"] = gpu_model.run(Path(folder))
+        failures.extend(report["models"]["failed"])
     if options.json:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return bool(failures)
@@ -359,21 +369,6 @@ def seconds(run: Any, calls: Sequence[Callable[[], None]], repeats: int = 7) -> 
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / len(calls))
     return float(np.median(times[2:]))
-
-
-def copy_rate(run: Any) -> float:
-    import cupy
-
-    a, b = cupy.zeros(1 << 30, np.uint8), cupy.zeros(1 << 30, np.uint8)
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    times = []
-    for _ in range(20):  # the first few find the memory's clock still low
-        start.record(run.stream)
-        cupy.cuda.runtime.memcpyAsync(b.data.ptr, a.data.ptr, a.nbytes, 3, run.stream.ptr)
-        end.record(run.stream)
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
-    return 2 * a.nbytes / float(np.median(times[10:])) / 1e9
 
 
 def time_decode(run: Any, rate: float, quick: bool) -> None:

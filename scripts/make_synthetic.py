@@ -84,6 +84,12 @@ TINY = Shape(
 )  # fmt: skip
 KINDS = {
     "v2lite": V2_LITE,
+    # DeepSeek-V3, 550 GB in Q6_K: for plans, with --sparse
+    "v3": Shape(
+        n_layer=61, n_embd=7168, n_ff=18432, n_head=128, n_vocab=129280, q_lora_rank=1536, n_layer_dense_lead=3,
+        n_expert=256, n_expert_used=8, n_expert_shared=1, n_ff_exp=2048, expert_gating="sigmoid", n_expert_groups=8,
+        n_group_used=4, selection_bias=True, expert_weights_norm=True, expert_weights_scale=2.5,
+    ),
     # all its attention, hardly any FFN or vocabulary: attention dominates
     "v2lite-attn": dataclasses.replace(V2_LITE, n_ff=512, n_layer_dense_lead=27, n_expert=0, n_vocab=4096),
     # 26 layers, since llama.cpp knows models without q_lora by 26 or 27 layers

@@ -77,8 +77,8 @@ def attend(step: Step, layer: MLA, hp: HParams, il: int) -> None:
 def _absorbed(step: Step, layer: MLA, hp: HParams, il: int, q: np.ndarray, out: np.ndarray) -> None:
     ops, run = step.ops, step.run
     nope, rank = hp.n_embd_head_nope, hp.kv_lora_rank
-    q_abs = step.array("q_abs", hp.n_head, rank + hp.n_rot)
-    latent = step.array("attn_latent", hp.n_head, rank)
+    q_abs = step.absorbed("q_abs", hp.n_head, rank + hp.n_rot)
+    latent = step.absorbed("attn_latent", hp.n_head, rank)
     ops.matmul_heads(run, layer.w_uk, q[:, :, :nope], q_abs[:, :, :rank])
     ops.rope(run, q[:, :, nope:], step.cos_sin, q_abs[:, :, rank:])
     if step.type_k == "q8":
