@@ -15,7 +15,8 @@ frame; what differs by the kind of product has a file of its own:
     bf16     bf16   bf16 pairs, of rows where they lie                                decode_bf16.py
     q8       int8   int8 fours (rope: bf16 pairs), of rows where they lie             decode_int8.py
 
-A CPU without the dot product of a kind takes f32: to emulate it costs more than to widen the rows once.
+A CPU without the dot product of a kind takes f32: to emulate bf16 costs more than to widen the rows once. Bytes do pay
+with AVX2, whose sums of pairs have 16 bits, for queries of 7 bits (decode_int8.py).
 
 The cache is cut into splits, whose bounds are fixed and whose results are merged in order: the same bits for any number
 of threads and any companions in a step. Splits grow with their position, 5 for 500 tokens, 35 for 16k, 115 for 160k:
@@ -104,7 +105,7 @@ def products(type_k: str) -> str:
     """The kind of product that this CPU decodes a type in."""
     if type_k == "bf16" and ISA.bf16:
         return "bf16"
-    if type_k == "q8" and ISA.int8:
+    if type_k == "q8" and (ISA.int8 or ISA.avx2):
         return "int8"
     return "f32"
 

@@ -12,8 +12,13 @@ Zipped in registers for 16 queries at a time, as in decode_bf16.py, it loads mor
 heads, 4 % less with 128.
 
 The sum over the query is one number a lane, so rows need not bring one. CPUs whose dot product is of signed bytes only
-(ISA.u8s8 is false) take 128 from the latent's bytes as they broadcast them, and have no such sum. Zipping swaps within
-128-bit lanes; the order of dimensions that this leaves is undone once, after merging.
+(SIGNED) take 128 from the latent's bytes as they broadcast them, and have no such sum. Zipping swaps within 128-bit
+lanes; the order of dimensions that this leaves is undone once, after merging.
+
+Plain AVX2 adds two products in 16 bits before all else: with queries up to 64 and weights up to 127 these do not clip.
+Zen 4 as Haswell, one thread, 16 heads, ns a row, in f32 of widened rows -> so: 512 + 64 360 -> 202, 128 + 32 98 -> 61.
+NMSE at unit spread, 512 + 64, 101 rows: f32 1.1e-4, with AVX-512 1.9e-4, here 4.3e-4. Queries up to 127, when the sign
+of a row's bytes is put on the query's (vpsignb), would have 2.9e-4, but be only 1.3 times as fast as f32.
 """
 
 from typing import Any
@@ -21,6 +26,8 @@ from typing import Any
 from .isa import ISA
 
 LEVELS = 255 if ISA.u8s8 else 127
+SIGNED = ISA.dotprod and not ISA.u8s8
+LARGEST = 127 if ISA.int8 else 64  # of a query
 
 
 def padded_row(C: int, R: int) -> int:
@@ -42,14 +49,14 @@ def packing() -> Any:
     """A device function (x, scale, row, of_lane, C, R): a query, scaled; scale and sum to of_lane and 64 after it."""
     from .simd import bc, bci, device, hmax, hsumi, ld, st_bf16, st_i8, st_i32, st_scalar, to_i, vabs, vmax
 
-    start = -128 if ISA.u8s8 else 0
+    start = 0 if SIGNED else -128
 
     @device
     def pack(x, scale, row, of_lane, C, R):
         top = bc(1e-30)
         for i in range(0, C, 16):
             top = vmax(top, vabs(ld(x + 4 * i)))
-        step = hmax(top) / 127.0
+        step = hmax(top) / LARGEST
         total = bci(0)
         for i in range(0, C, 16):
             v = to_i(ld(x + 4 * i) * bc(1.0 / step))
@@ -79,7 +86,7 @@ def scores() -> Any:
     from .simd import device, prefetch
 
     M, row_bytes = ISA.n_acc, device(padded_row)
-    rank1_bytes = rank1_ws8 if ISA.u8s8 else rank1_s8
+    rank1_bytes = rank1_s8 if SIGNED else rank1_ws8
 
     @device
     def add_scores(panel, rows, stride, n, ahead, ahead_stride, scores, C, R):

@@ -87,6 +87,7 @@ def spills(code: list[str]) -> int:
 CASES = [
     *(("haswell", name, r"vfmadd\d+ps\s.*%ymm", 12) for name in FLOAT),
     ("haswell", "panels Q4_K", r"vpmaddubsw\s.*%ymm", 6),
+    ("haswell", "decode q8", r"vpmaddubsw\s.*%ymm", 6),
     *(("haswell", name, r"vpmaddubsw\s.*%ymm", 0) for name in ("rows Q4_K", "rows Q8_0")),
     *(("alderlake", name, r"vpdpbusd\s.*%ymm", 6) for name in INT8 if name != "rows Q8_0"),
     ("alderlake", "rows Q8_0", r"vpdpbusd\s.*%ymm", 0),
