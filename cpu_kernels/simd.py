@@ -437,15 +437,22 @@ def vexp2(b, x):
 
 @instruction(F, F)
 def vexp2_down(b, x):
-    """2**x for x <= 0, as softmax needs it: 0 below -126, and without the checks of vexp2."""
+    """2**x for x <= 0, as softmax needs it: 0 at -inf, and without the checks of vexp2.
+
+    0 below -126, but on AVX-512, where vscalefps does the end of it (its powers of 2 below -126 are denormal).
+    """
     low = b.fcmp_ordered("<", x, const_f(-126.0))
-    x = b.select(low, const_f(-126.0), x)
+    if not ISA.avx512:
+        x = b.select(low, const_f(-126.0), x)
     whole = call(b, "llvm.rint.v16f32", VF, [x])
-    rest = b.fsub(x, whole)
+    rest = b.fsub(x, whole)  # NaN at -inf, of which vscalefps makes 0 as it should
     p = const_f(1.535336188319500e-4)
     for c in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
               2.402264791363012e-1, 6.931472028550421e-1, 1.0):  # fmt: skip
         p = fma_(b, p, rest, const_f(c))
+    if ISA.avx512:
+        arguments = [p, whole, ir.Constant(VF, None), ir.Constant(I16, -1), ir.Constant(I32, 4)]
+        return call(b, "llvm.x86.avx512.mask.scalef.ps.512", VF, arguments)
     exponent = b.shl(b.fptosi(whole, VI), const_i(23))
     return b.select(low, const_f(0.0), b.bitcast(b.add(b.bitcast(p, VI), exponent), VF))
 
