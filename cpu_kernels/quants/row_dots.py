@@ -8,14 +8,19 @@ It takes n activation rows at once, so that a weight is loaded and unpacked once
 is emitted n times into one piece of code, and LLVM keeps of the n unpackings the first. An activation row has the same
 sums, in the same order, for every n.
 
-The sums of 16 rows are added up together (sums_of_16), 15 additions of vectors in place of 16 times four. Together with
-what emit.scaled_quads tells, one Zen 4 core out of the second cache, one token, 2,048 columns, GB/s before -> after:
-Q4_K 20.9 -> 25.8, Q5_K 21.3 -> 23.9, Q6_K 29.2 -> 32.7, Q8_0 35.8 -> 40.6, Q5_0 18.5 -> 20.6, Q4_0 19.6 -> 22.6;
-rows of 512 Q4_K 18.7 -> 25.1.
+The sums of 16 rows are added up together (sums_of_16), 15 additions of vectors in place of 16 times four.
+
+One Zen 4 core at 3.65 GHz, one token, GB/s out of the second cache; out of the first it is the same, for unpacking
+bounds it: Q4_K 34.6 (15 cycles for 256 weights), Q5_K 32.4, Q6_K 39.1, Q8_0 48, Q5_0 26.8, Q4_0 27.3. Tried and slower:
+two rows at a time, which share the loads of activations (Q4_K 5 %, Q6_K 2 %); f16 scales of four blocks gathered by
+blends of unaligned loads (Q5_0 6 %, Q4_1 15 %); fifth bits of Q5_0 as masks loaded from memory (6 %) or as bit matrices
+(17 %), or all of it permuted out of 64 bytes (25 %, with a third fewer instructions: permutations of 64 bytes have but
+two of the four pipes, and take each for two cycles).
 
 Weights come from memory once, so each loop asks for what lies AHEAD: the CPU's own prefetchers stop where a page ends.
 Zen 4, two threads, 300 MB, share of the DRAM read limit without -> with: Q5_0 81 -> 88 %, Q4_0 82 -> 91, Q4_K 86 -> 92,
-Q6_K and Q8_0 91 -> 92; a decode step of DeepSeek-V2-Lite 58.4 -> 54.0 ms. 2 KiB ahead gained nothing, 16 KiB less.
+Q6_K and Q8_0 91 -> 92; a decode step of DeepSeek-V2-Lite 58.4 -> 54.0 ms. 2 KiB ahead gained nothing, 16 KiB less;
+towards the first cache instead of the second, 10 to 16 % less.
 """
 
 from __future__ import annotations
