@@ -23,7 +23,8 @@ PATH = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(
 TESTS = {
     "mla_decode.cu": "test_attention.py", "hadamard.cuh": "test_k_cache.py", "k_cache.cu": "test_k_cache.py",
     "reduce.cuh": "test_k_cache.py", "matvec.cu": "test_matmul.py", "blocks.cuh": "test_quants.py",
-    "quantise.cu": "test_matmul.py", "mha.cu": "test_prefill.py", "expand.cu": "test_prefill.py",
+    "quantise.cu": "test_matmul.py", "gemm.cu": "test_matmul.py", "splits.cu": "test_matmul.py",
+    "narrow.cuh": "test_matmul.py", "mha.cu": "test_prefill.py", "expand.cu": "test_prefill.py",
     "widen.cu": "test_prefill.py", "route.cu": "test_small.py", "experts.cu": "test_moe.py",
 }  # fmt: skip
 # file, what is there, what the mutant has
@@ -84,7 +85,22 @@ CHANGES = [
     ("widen.cu", "e / n_rows % steps", "e % steps"),
     ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
     ("route.cu", "first + second : first", "first : first"),
-    ("experts.cu", "weights[t * n_used + s]", "weights[s]"),
+    ("quantise.cu", "a = i < k ? from[0] : zero", "a = from[0]"),
+    ("narrow.cuh", "v > 65504.f ? 65504.f", "v > 1e30f ? 65504.f"),
+    ("splits.cu", "s < n_splits", "s < n_splits - 1"),
+    ("gemm.cu", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("gemm.cu", "copy(s + STAGES - 1, i)", "copy(s + STAGES, i)"),
+    ("gemm.cu", "(s + 1) % W_STAGES * W_CHUNKS", "s % W_STAGES * W_CHUNKS"),
+    ("gemm.cu", "step / STEPS * BLOCK + 32 * group_at(step % STEPS, g % GROUPS)", "64 * unit + 32 * g"),
+    ("gemm.cu", "row * 8 + (c ^ (row & 7))", "row * 8 + c"),
+    ("gemm.cu", "scale * byte_to_f32(four, at) - minimum", "scale * byte_to_f32(four, at)"),
+    ("gemm.cu", "min(begin + each, n_stages)", "n_stages"),
+    ("gemm.cu", "8 * j + e < left", "left > 0"),
+    ("experts.cu", "weights[slot]", "weights[s]"),
+    ("experts.cu", "if (w < warp) at +=", "if (w <= warp) at +="),
+    ("experts.cu", "all & ((1u << lane) - 1)", "all & ((2u << lane) - 1)"),
+    ("experts.cu", "first_tile = first / tokens + e", "first_tile = first / tokens"),
+    ("experts.cu", "min(p + tokens, last)", "p + tokens"),
 ]
 
 
@@ -100,6 +116,8 @@ def mutants() -> dict[str, tuple[str, str]]:
         "hadamard.cuh",
         "mha.cu",
         "expand.cu",
+        "gemm.cu",
+        "experts.cu",
     ):  # those of reduce.cuh are for whoever uses its memory again
         text = (CUDA / file).read_text(encoding="utf-8")
         for m in re.finditer(r"__syncthreads\(\);", text):

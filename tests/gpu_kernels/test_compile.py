@@ -26,7 +26,7 @@ from gpu_kernels.k_cache import TYPES_K
 from gpu_kernels.k_cache import kernels as row_kernels
 from gpu_kernels.moe import ADD_SLOTS
 from gpu_kernels.prefill import COPY_ROPE
-from gpu_kernels.quants import FORMATS
+from gpu_kernels.quants import FORMATS, format_of
 from gpu_kernels.router import ROUTE
 
 matmul = importlib.import_module("gpu_kernels.matmul")
@@ -52,9 +52,13 @@ def others(card: Limits, layouts: list[tuple[int, int]]) -> Iterator[Case]:
     units += [kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS]
     units += [row_kernels(t, *layout)["k_store"] for layout in layouts for t in TYPES_K]
     yield from ((unit, card.sm, 0) for unit in units)
+
+
+def gemms(card: Limits, n_variants: int) -> Iterator[Case]:
+    """Of each type: so many variants, the largest that fit."""
     for f in FORMATS:
-        for v in matmul.VARIANTS if f else ():
-            if v.shared_bytes(card, f) <= card.shared_per_block:
+        if format_of(f).name != "F32":
+            for v in [v for v in matmul.VARIANTS if v.fits(card, f)][:n_variants]:
                 yield v.kernel(card, f), card.sm, v.shared_bytes(card, f)
 
 
@@ -76,12 +80,14 @@ QUICK = [
     *(case for sm in (75, 120) for case in others(CARDS[sm], [(512, 64)])),
     *(case for sm in (80, 90, 120) for case in expanded(CARDS[sm], HEADS[:2], ["f16"])),
     *((mha.widen_kernel(f, t), 90, 0) for f, t in ((0, "f16"), (8, "bf16"), (12, "q8"))),
+    *(case for sm in (75, 80) for case in gemms(CARDS[sm], 1)),
 ]
 ALL = [
     *(case for card in CARDS.values() for case in decodes(card, LAYOUTS, list(TYPES_K), LANES)),
     *(case for card in CARDS.values() for case in others(card, LAYOUTS)),
     *(case for card in CARDS.values() for case in expanded(card, HEADS, list(TYPES_K))),
     *(case for card in CARDS.values() for case in widenings(card)),
+    *(case for card in CARDS.values() for case in gemms(card, len(matmul.VARIANTS))),
 ]
 
 
@@ -115,6 +121,8 @@ def check(case: Case, usages: dict[str, Usage] | Exception) -> None:
     for name, usage in usages.items():
         assert usage.spills == 0, f"{name} spills {usage.spills} bytes on sm_{sm}"
         assert usage.shared + shared <= card.shared_per_block
+    if unit.file == "gemm.cu":
+        assert usages["gemm"].registers * 256 <= 65_536
     if unit.file == "mla_decode.cu":
         assert usages["mla_split"].registers * 256 <= 65_536
     if unit.file == "mha.cu":
