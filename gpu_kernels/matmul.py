@@ -59,20 +59,19 @@ class Variant:
             "WARPS_T": self.warps[0], "WARPS_R": self.warps[1], "DEPTH": self.depth, "STAGES": self.stages,
         })  # fmt: skip
 
-    def shared_bytes(self, limits: Limits, type_id: int) -> int:
-        """Dynamic shared memory of a block. Weights that are multiplied as they are have as many stages as x."""
-        as_they_are = format_of(type_id).name == ("BF16" if limits.has_bf16 else "F16")
-        w_stages = self.stages if as_they_are else 2
+    def shared_bytes(self, type_id: int) -> int:
+        """Dynamic shared memory of a block. Weights that are floats have as many stages as x."""
+        w_stages = self.stages if format_of(type_id).is_float else 2
         return 2 * self.depth * (self.stages * self.tokens + w_stages * self.rows) + 4 * self.tokens
 
     def per_sm(self, limits: Limits, type_id: int) -> int:
         """Blocks that a multiprocessor holds; as registers allow, at most 256 threads."""
-        return min(256 // self.threads, limits.shared_per_sm // (self.shared_bytes(limits, type_id) + RESERVED))
+        return min(256 // self.threads, limits.shared_per_sm // (self.shared_bytes(type_id) + RESERVED))
 
     def fits(self, limits: Limits, type_id: int) -> bool:
         if self.for_floats and not (format_of(type_id).is_float and self.per_sm(limits, type_id) > 1):
             return False
-        return self.shared_bytes(limits, type_id) <= limits.shared_per_block
+        return self.shared_bytes(type_id) <= limits.shared_per_block
 
     def most_splits(self, k: int) -> int:
         """Into how many parts k may be cut; a block of 128 x 128 cannot, see gemm.cu."""
@@ -206,7 +205,7 @@ def launch_gemm(
     pitch = 2 * padded(k)
     run.launch(
         variant.kernel(run.limits, f.type_id), (n_tiles * -(-m // variant.rows) * n_head, n_splits), variant.threads,
-        variant.shared_bytes(run.limits, f.type_id),
+        variant.shared_bytes(f.type_id),
         (w.data, *map(wide, w.planes), x, n_head * pitch, wide(pitch), out, *steps("out", out), wide(out.size), m, k,
          n_tok, n_tiles, int(accumulate), tiles, gather, per),
     )  # fmt: skip

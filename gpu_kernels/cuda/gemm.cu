@@ -1,13 +1,13 @@
 // gemm: out[t, h, r] (+)= weight[h, r] . x[t, h] for many tokens, on tensor cores, with f32 sums.
 //
 //   grid (token tiles * ceil(rows / ROWS) * heads, splits), token tiles first so that a weight's readers run together;
-//   32 * WARPS_T * WARPS_R threads; dynamic shared memory: STAGES tiles of x, two of weights (STAGES if they are copied
-//   as they are), TOKENS * 4 bytes
+//   32 * WARPS_T * WARPS_R threads; dynamic shared memory: STAGES tiles of x, two of weights (STAGES if they are floats),
+//   TOKENS * 4 bytes
 //
 // A block makes TOKENS x ROWS, DEPTH values of k a stage. x is 16 bits wide (quantise.cu: narrow), its rows filled up with
-// zeros to a multiple of 128 and x_tok and x_head bytes apart; it comes by cp.async, STAGES - 1 stages ahead. Weights of
-// the next stage are loaded to registers before this stage is multiplied, and written as 16-bit values between its last
-// products: a thread's share is a unit, 64 values of a row. One barrier a stage.
+// zeros to a multiple of 128 and x_tok and x_head bytes apart; it comes by cp.async, STAGES - 1 stages ahead. So do
+// weights that are floats. Quantised ones of the next stage are loaded to registers before this stage is multiplied, and
+// written as 16-bit values between its last products: a thread's share is a unit, 64 values of a row. One barrier a stage.
 //
 // A tile is of units: 64 values of each row, 128 bytes, 16-byte chunk c of row r at c ^ (r & 7). The values of a unit
 // are those of one step of blocks.cuh, or of two; where a step is not contiguous, x is fetched in its order.
@@ -27,13 +27,13 @@ typedef F16 T;
 #else
 typedef BF16 T;
 #endif
-constexpr bool IS_FLOAT = TYPE_ID == 1 || TYPE_ID == 30, COPIED = TYPE_ID == (F16_PRODUCTS ? 1 : 30);
+constexpr bool IS_FLOAT = TYPE_ID == 1 || TYPE_ID == 30;
 constexpr int THREADS = 32 * WARPS_T * WARPS_R, UNITS = DEPTH / 64;
-constexpr int W_STAGES = COPIED ? STAGES : 2, X_CHUNKS = TOKENS * DEPTH / 8, W_CHUNKS = ROWS * DEPTH / 8;
-constexpr int X_PIECES = X_CHUNKS / THREADS, PIECES = X_PIECES + (COPIED ? W_CHUNKS / THREADS : 0);
+constexpr int W_STAGES = IS_FLOAT ? STAGES : 2, X_CHUNKS = TOKENS * DEPTH / 8, W_CHUNKS = ROWS * DEPTH / 8;
+constexpr int X_PIECES = X_CHUNKS / THREADS, PIECES = X_PIECES + (IS_FLOAT ? W_CHUNKS / THREADS : 0);
 constexpr int M = TOKENS / WARPS_T / 16, N = ROWS / WARPS_R / 16, K = DEPTH / 16;  // a warp's products: 16 each way
 // a thread's share of weights in two halves, one after the other, where there are not registers for all of it
-constexpr bool HALVES = IS_FLOAT || (GROUPS == 1 && M * N == 16);
+constexpr bool HALVES = GROUPS == 1 && M * N == 16;
 constexpr bool CAN_SPLIT = M * N < 16;  // a large block has no register to spare, and fills a card without
 static_assert(ROWS * UNITS == THREADS, "a thread has one unit");
 static_assert(TOKENS % (THREADS / 8) == 0 && THREADS % 64 == 0, "chunk_at(r + THREADS / 8, c) is THREADS chunks on");
@@ -50,33 +50,19 @@ DEVICE constexpr int put_at(int i) {
 }
 DEVICE int chunk_at(int row, int c) { return row * 8 + (c ^ (row & 7)); }
 
-// A thread's share of a stage of weights.
-#if TYPE_ID == 1 || TYPE_ID == 30
-struct Share { uint4 v[4]; };  // of half a unit's rows: 16-byte chunk tid % 8 of each, so that neighbours read one row
+// two values of weights that are floats, as they are multiplied
+DEVICE u32 as_product(u32 two) {
+  if (!IS_FLOAT || TYPE_ID == (F16_PRODUCTS ? 1 : 30)) return two;
+  return TYPE_ID == 1 ? pack2<T>(f16_to_f32((u16)two), f16_to_f32((u16)(two >> 16)))
+                      : pack2<T>(bf16_to_f32((u16)two), bf16_to_f32((u16)(two >> 16)));
+}
 
-DEVICE void fetch(
-    Share& s, const u8* w_first, const Planes&, i64, int row0, int n_rows, int k, int stage, int half) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int e = threadIdx.x / 8 + (4 * half + i) * (THREADS / 8), row = min(row0 + e % ROWS, n_rows - 1);
-    const int col = min(64 * (stage * UNITS + e / ROWS) + 8 * (int)(threadIdx.x % 8), k - 8);
-    s.v[i] = __ldg((const uint4*)(w_first + 2 * ((i64)row * k + col)));
-  }
-}
-DEVICE void put(uint4* s_w, const Share& s, int i) {
-  auto two = [](u32 x) {
-    return TYPE_ID == 1 ? pack2<T>(f16_to_f32((u16)x), f16_to_f32((u16)(x >> 16)))
-                        : pack2<T>(bf16_to_f32((u16)x), bf16_to_f32((u16)(x >> 16)));
-  };
-  const uint4 v = s.v[i % 4];
-  s_w[chunk_at(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8)] = make_uint4(two(v.x), two(v.y), two(v.z), two(v.w));
-}
-#else
+// A thread's share of a stage of quantised weights.
 constexpr int HELD = HALVES ? 1 : 2 / GROUPS;
 struct Share { Codes c[HELD]; };  // of unit tid / ROWS of row tid % ROWS: neighbours write to different banks
 
 DEVICE void fetch(
-    Share& s, const u8*, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
+    Share& s, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
   if (half && !HALVES) return;
   const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
   const int n_blocks = k / BLOCK;
@@ -99,7 +85,6 @@ DEVICE void put(uint4* s_w, const Share& s, int i) {  // chunk i of the unit
   }
   s_w[chunk_at(threadIdx.x, i)] = make_uint4(p[0], p[1], p[2], p[3]);
 }
-#endif
 
 KERNEL(THREADS, 256 / THREADS, gemm)(
     const u8* __restrict__ w, i64 at_b, i64 at_c, i64 at_d, const u8* __restrict__ x, int x_tok, i64 x_head,
@@ -172,10 +157,10 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
     cp_async_commit();
   }
   Share share;
-  if (!COPIED) {
+  if (!IS_FLOAT) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i % 4 == 0) fetch(share, w_first, planes, first_row, row0, n_rows, k, begin, i / 4);
+      if (i % 4 == 0) fetch(share, planes, first_row, row0, n_rows, k, begin, i / 4);
       put(s_w + begin % W_STAGES * W_CHUNKS, share, i);
     }
   }
@@ -186,8 +171,8 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
     uint4* next = s_w + (s + 1) % W_STAGES * W_CHUNKS;
 #pragma unroll
     for (int q = 0; q < K; q++) {
-      if (!COPIED && q % (K / 2) == 0)  // beyond the end: the last, for no one
-        fetch(share, w_first, planes, first_row, row0, n_rows, k, s + 1, q / (K / 2));
+      if (!IS_FLOAT && q % (K / 2) == 0)  // beyond the end: the last, for no one
+        fetch(share, planes, first_row, row0, n_rows, k, s + 1, q / (K / 2));
       u32 a[M][4];
 #pragma unroll
       for (int i = 0; i < M; i++) ldsm_x4(a[i], x_s + x_in[q % 4] + (q / 4 * TOKENS + 16 * i) * 128);
@@ -195,6 +180,8 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
       for (int j = 0; j < N; j++) {
         u32 b[4];
         ldsm_x4(b, w_s + w_in[q % 4] + (q / 4 * ROWS + 16 * j) * 128);
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = as_product(b[i]);
 #pragma unroll
         for (int i = 0; i < M; i++) {
           mma16816<T>(acc[i][2 * j], a[i], b[0], b[1]);
@@ -206,7 +193,7 @@ KERNEL(THREADS, 256 / THREADS, gemm)(
           if (i * (K * N / 2) / PIECES == turn) copy(s + STAGES - 1, i);
 #pragma unroll
         for (int i = 0; i < 8; i++)
-          if (!COPIED && put_at(i) == turn) put(next, share, i);
+          if (!IS_FLOAT && put_at(i) == turn) put(next, share, i);
       }
     }
     cp_async_commit();

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_kernels import _compile, mha
+from gpu_kernels import _compile, mha, moe
 from gpu_kernels._compile import Kernel, Usage, compile_only, kernel
 from gpu_kernels.attention import VARIANTS, choose
 from gpu_kernels.attention import kernels as decode_kernels
@@ -24,12 +24,12 @@ from gpu_kernels.device import CARDS, Limits
 from gpu_kernels.ffn import SWIGLU
 from gpu_kernels.k_cache import TYPES_K
 from gpu_kernels.k_cache import kernels as row_kernels
-from gpu_kernels.moe import ADD_SLOTS
 from gpu_kernels.prefill import COPY_ROPE
 from gpu_kernels.quants import FORMATS, format_of
 from gpu_kernels.router import ROUTE
 
 matmul = importlib.import_module("gpu_kernels.matmul")
+PRODUCTS = dict.fromkeys((*matmul.VARIANTS, *moe.VARIANTS))
 LAYOUTS = [(512, 64), (256, 64), (256, 32), (128, 32)]
 LANES = [16, 32, 128]
 HEADS = [(512, 64, 128, 128), (512, 64, 192, 256), (256, 32, 64, 64), (256, 64, 64, 128)]  # rank, n_rot, nope, n_v
@@ -47,7 +47,7 @@ def decodes(card: Limits, layouts: list[tuple[int, int]], types: list[str], lane
 
 
 def others(card: Limits, layouts: list[tuple[int, int]]) -> Iterator[Case]:
-    units = [SWIGLU, ROUTE, ADD_SLOTS, COPY_ROPE, matmul.QUANTISE, matmul.ADD_SPLITS]
+    units = [SWIGLU, ROUTE, moe.ADD_SLOTS, COPY_ROPE, matmul.QUANTISE, matmul.ADD_SPLITS]
     units += [matmul.matvec(f, n) for f in FORMATS for n in (1, 4)]
     units += [kernel("embed.cu", "embed_rows", {"TYPE_ID": f}) for f in FORMATS]
     units += [row_kernels(t, *layout)["k_store"] for layout in layouts for t in TYPES_K]
@@ -58,8 +58,8 @@ def gemms(card: Limits, n_variants: int) -> Iterator[Case]:
     """Of each type: so many variants, the largest that fit."""
     for f in FORMATS:
         if format_of(f).name != "F32":
-            for v in [v for v in matmul.VARIANTS if v.fits(card, f)][:n_variants]:
-                yield v.kernel(card, f), card.sm, v.shared_bytes(card, f)
+            for v in [v for v in PRODUCTS if v.fits(card, f)][:n_variants]:
+                yield v.kernel(card, f), card.sm, v.shared_bytes(f)
 
 
 def expanded(card: Limits, heads: list[tuple[int, int, int, int]], types: list[str]) -> Iterator[Case]:
@@ -85,9 +85,7 @@ QUICK = [
 ALL = [
     *(case for card in CARDS.values() for case in decodes(card, LAYOUTS, list(TYPES_K), LANES)),
     *(case for card in CARDS.values() for case in others(card, LAYOUTS)),
-    *(case for card in CARDS.values() for case in expanded(card, HEADS, list(TYPES_K))),
-    *(case for card in CARDS.values() for case in widenings(card)),
-    *(case for card in CARDS.values() for case in gemms(card, len(matmul.VARIANTS))),
+from gpu_kernels import _compile, mha, moe
 ]
 
 

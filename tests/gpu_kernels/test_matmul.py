@@ -107,7 +107,7 @@ def test_a_block_fits_the_card_and_a_large_product_fills_it(limits: Any) -> None
             continue
         for n_tok, m, n_head, k in SHAPES:
             variant, n_splits = module.choose(limits, type_id, n_tok, m, n_head, k)
-            assert variant.shared_bytes(limits, type_id) <= limits.shared_per_block
+            assert variant.shared_bytes(type_id) <= limits.shared_per_block
             assert 1 <= n_splits <= variant.most_splits(k)
         assert module.choose(limits, type_id, 4096, 8192, 1, 4096)[0].tokens == (128 if limits.has_bf16 else 64)
 
