@@ -62,6 +62,9 @@ CHANGES = [
     ("blocks.cuh", "2 * (group >> 1)", "2 * (group & 1)"),
     ("blocks.cuh", "two >> (8 * h + 4) & 15", "two >> 4 & 15"),
     ("matvec.cu", "if (HAS_MINIMUM) acc[t] -=", "if (TYPE_ID == 12) acc[t] -="),
+    ("blocks.cuh", "16 + 32 * step", "16 + 32 * (step ^ 1)"),
+    ("blocks.cuh", "bytes_minus(low | high << 4, 16)", "bytes_minus(low | high << 4, 15)"),
+    ("matvec.cu", "acc[t] -= c.m[g] * scale.y;", ";"),
     ("matvec.cu", "mine == 0 && ok", "mine == 0"),
     ("quantise.cu", "(u32)other << 16", "(u32)sum << 16"),
     ("mha.cu", "tok > mine + 16 * i", "tok >= mine + 16 * i"),
@@ -96,11 +99,12 @@ CHANGES = [
     ("gemm.cu", "scale * byte_to_f32(four, at) - minimum", "scale * byte_to_f32(four, at)"),
     ("gemm.cu", "min(begin + each, n_stages)", "n_stages"),
     ("gemm.cu", "8 * j + e < left", "left > 0"),
+    ("matvec.cu", "begin + 16", "begin + 12"),
     ("experts.cu", "weights[slot]", "weights[s]"),
     ("experts.cu", "if (w < warp) at +=", "if (w <= warp) at +="),
     ("experts.cu", "all & ((1u << lane) - 1)", "all & ((2u << lane) - 1)"),
     ("experts.cu", "first_tile = first / tokens + e", "first_tile = first / tokens"),
-    ("experts.cu", "min(p + tokens, last)", "p + tokens"),
+    ("experts.cu", "min(p + tokens, last)", "min(p + tokens, last + 1)"),
 ]
 
 
