@@ -61,8 +61,7 @@ DEVICE u32 as_product(u32 two) {
 constexpr int HELD = HALVES ? 1 : 2 / GROUPS;
 struct Share { Codes c[HELD]; };  // of unit tid / ROWS of row tid % ROWS: neighbours write to different banks
 
-DEVICE void fetch(
-    Share& s, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
+DEVICE void fetch(Share& s, const Planes& planes, i64 first, int row0, int n_rows, int k, int stage, int half) {
   if (half && !HALVES) return;
   const int row = min(row0 + (int)threadIdx.x % ROWS, n_rows - 1), unit = stage * UNITS + threadIdx.x / ROWS;
   const int n_blocks = k / BLOCK;

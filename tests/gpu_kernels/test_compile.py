@@ -85,7 +85,9 @@ QUICK = [
 ALL = [
     *(case for card in CARDS.values() for case in decodes(card, LAYOUTS, list(TYPES_K), LANES)),
     *(case for card in CARDS.values() for case in others(card, LAYOUTS)),
-from gpu_kernels import _compile, mha, moe
+    *(case for card in CARDS.values() for case in expanded(card, HEADS, list(TYPES_K))),
+    *(case for card in CARDS.values() for case in widenings(card)),
+    *(case for card in CARDS.values() for case in gemms(card, len(PRODUCTS))),
 ]
 
 
