@@ -22,7 +22,9 @@ import numpy as np
 
 from .tensor import QuantTensor
 
-STREAM_TOKENS = 256  # of a ubatch, from which the experts' weights go to the card rather than the tokens to the CPU
+STREAM_TOKENS = (
+    512  # of a ubatch, from which the weights go to the card rather than the tokens to the CPU (docs/gpu.md)
+)
 
 
 class HybridOps:

@@ -56,6 +56,7 @@ class Stream:
             self._buffers, self._run = Buffers(0), self.model.ops.Run(1)
             self._tokens, self._ends, self._text = [], [], None
             self.cache.release()
+            self.model.arrays.release()
 
     # ------------------------------------------------------------------------------------------------- the cache
 

@@ -32,7 +32,8 @@ from engine.plan_card import plan_card
 DEPTHS = (0, 4096, 32_768, 163_840 - 4096)
 PROMPTS = (512, 4096)
 N_REAL = 512  # tokens that are computed; their rows are repeated up to a depth
-TOLERANCE = {"logits": 0.15, "text": 40}  # of the logits' rms over 3 random layers, an expert that changes included
+TOLERANCE = 0.1  # of the logits' rms, 3 random layers; 0.02 to 0.03 were found
+TOLD, LEAD = 60, 0.1  # tokens after a session; of logits
 STORY = "Once upon a time there was a little fox who"
 
 
@@ -93,21 +94,32 @@ def check_logits(report: dict[str, Any], path: Path, type_k: str) -> None:
             found = [gpu.step(some) for some in steps]
         hybrid.STREAM_TOKENS = usual
         worst = max(float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean())) for a, b in zip(found, expected))
-        note(report, f"logits, {type_k}, {name}", worst, worst <= TOLERANCE["logits"])
+        note(report, f"logits, {type_k}, {name}", worst, worst <= TOLERANCE)
 
 
 def check_sessions(report: dict[str, Any], path: Path, type_k: str) -> None:
-    """The default model tells a story: begun on one, saved, and told to its end on both; the same tokens."""
+    """The default model tells a story: begun on one, saved, opened on the other, which goes on with the same tokens.
+
+    But for toss-ups: where the lead of the most probable token is less than LEAD, the other may see it otherwise.
+    """
     with closing(Engine(type_k=type_k)) as cpu, closing(Engine(type_k=type_k, backend="gpu")) as gpu:
         for start, end, name in ((cpu, gpu, "CPU to card"), (gpu, cpu, "card to CPU")):
             start.clear()
-            told = "".join(start.generate(STORY, max_tokens=20, temperature=0.0))
+            logits = start.step(start.tokenize(STORY))
+            for _ in range(20):
+                logits = start.step([int(logits.argmax())])
             start.save(path)
             end.load(path)
-            ids = start.tokenize(STORY + told)
-            rest = ["".join(one.generate(ids, max_tokens=TOLERANCE["text"], temperature=0.0)) for one in (start, end)]
-            reused = end.stats.n_reused
-            note(report, f"session, {type_k}, {name}", reused, rest[0] == rest[1] and reused >= len(ids) - 2)
+            n_same = n_sure = n_wrong = 0
+            for _ in range(TOLD):
+                token = int(logits.argmax())
+                logits, other = start.step([token]), end.step([token])
+                second, first = np.sort(logits)[-2:]
+                same = int(other.argmax()) == int(logits.argmax())
+                n_same, n_sure = n_same + same, n_sure + (first - second > LEAD)
+                n_wrong += not same and first - second > LEAD
+            print(f"{n_same} of {TOLD} tokens are the same, {n_sure} of them are no toss-ups; ", end="")
+            note(report, f"session, {type_k}, {name}", n_wrong, not n_wrong)
 
 
 def note(report: dict[str, Any], name: str, value: float, ok: bool) -> None:
@@ -123,7 +135,7 @@ def note(report: dict[str, Any], name: str, value: float, ok: bool) -> None:
 def time_model(report: dict[str, Any], path: Path) -> None:
     import cupy
 
-    free = cupy.cuda.runtime.memGetInfo()[0]
+    pool = cupy.get_default_memory_pool()
     print("| V2-Lite Q4_K_M | depth | ms a token | without graph |" + "".join(f" t/s of {n:,} |" for n in PROMPTS))
     print("|---|---|---|---|" + "---|" * len(PROMPTS))
     for type_k in ("f16", "q8"):
@@ -131,10 +143,10 @@ def time_model(report: dict[str, Any], path: Path) -> None:
             planned = plan_card(str(path), n_ctx=163_840, type_k=type_k, n_ubatch=4096)
             for depth in DEPTHS:
                 time_depth(report, gpu, f"card, {type_k}", depth, PROMPTS)
-            taken = free - cupy.cuda.runtime.memGetInfo()[0]
             assert planned is not None
-            report["memory"] = {"planned": planned["total"], "taken": taken}
-    print(f"planned {report['memory']['planned'] / 2**30:.2f} GiB, taken {taken / 2**30:.2f}\n")
+            report[f"memory {type_k}"] = planned["total"], pool.used_bytes()
+            print(f"planned {planned['total'] / 2**30:.2f} GiB, taken {pool.used_bytes() / 2**30:.2f}")
+    print()
     for name, stream_from in (("experts by the CPU", 1 << 30), ("experts streamed", 17)):
         hybrid.STREAM_TOKENS, usual = stream_from, hybrid.STREAM_TOKENS
         with opened(report, path, n_ctx=40_960, type_k="f16", n_ubatch=4096, experts="cpu") as gpu:

@@ -32,6 +32,7 @@ class ShimOps:
             put=host.put,
             get=np.copy,
             move=self._move,
+            release=host.release,
             free_nbytes=lambda: free,
         )
 

@@ -48,7 +48,7 @@ def test_a_run_is_used_in_the_same_way_on_both() -> None:
 def test_arrays_of_the_host_have_the_names_and_parameters_of_the_card_s() -> None:
     from engine import host
 
-    for name in ("zeros", "mirror", "layers", "upload", "put", "get", "move"):
+    for name in ("zeros", "mirror", "layers", "upload", "put", "get", "move", "release"):
         assert parameters(getattr(gpu_kernels.arrays, name)) == parameters(getattr(host, name))
     for name in ("send", "fetch", "first"):
         assert parameters(getattr(gpu_kernels.arrays.Mirror, name)) == parameters(getattr(host.Mirror, name))
