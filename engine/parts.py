@@ -29,6 +29,12 @@ PART_OF = {  # by the start of a kernel's name; what is not listed is rest
     "moe.": "experts",
     "matmul.dot_rows": "dense",
     "panels.multiply": "dense",
+    "mla_decode.": "attention",  # from here on of a card
+    "matvec.": "dense",
+    "gemm.": "dense",
+    "splits.": "dense",
+    "call": "experts",  # in main memory
+    "feed": "experts",
 }
 
 

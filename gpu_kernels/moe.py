@@ -35,6 +35,7 @@ from .matmul import (
     takes_gemm,
 )
 from .quants import Weight
+from .workspace import pieces
 
 SORT_SLOTS, NARROW_SWIGLU, ADD_SLOTS = (
     kernel("experts.cu", name) for name in ("sort_slots", "narrow_swiglu", "add_slots")
@@ -78,23 +79,23 @@ def queue(
 ) -> None:
     """As experts, with arguments checked. With `first`, gate, up and down are some of them, from there on: by tiles."""
     (n_tok, n_embd), n_used, n_expert = x.shape, ids.shape[1], gate.shape[0]
-    enough = first is not None or n_tok * n_used >= FEW_SLOTS * n_expert
-    if enough and by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
-        slots, place = _by_tile(run, x, ids, gate, up, down, first or 0)
-    else:
-        slots, place = _by_slot(run, x, ids, gate, up, down)
-    args = (slots, place, ids, first or 0, n_expert, weights, n_used, out, *steps("out", out), n_embd)
-    run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
+    with run.within("moe"):
+        enough = first is not None or n_tok * n_used >= FEW_SLOTS * n_expert
+        if enough and by_tile(run, [w.type.id for w in (gate, up, down)], n_tok):
+            slots, place = _by_tile(run, x, ids, gate, up, down, first or 0)
+        else:
+            slots, place = _by_slot(run, x, ids, gate, up, down)
+        args = (slots, place, ids, first or 0, n_expert, weights, n_used, out, *steps("out", out), n_embd)
+        run.launch(ADD_SLOTS, (-(-n_embd // 256), n_tok), 256, 0, args)
 
 
 def _by_slot(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight) -> tuple[Any, None]:
     """Queue: each slot's output (n_slots, n_embd) f32, in the order of slots."""
     (n_tok, n_embd), n_used, n_ff = x.shape, ids.shape[1], gate.shape[1]
     n_slots = n_tok * n_used
-    gated, upped, downed, acts, acts_down = _workspace(
-        run,
-        [4 * n_slots * n_ff, 4 * n_slots * n_ff, 4 * n_slots * n_embd,
-         quantised_bytes([gate, up], n_tok, n_embd), quantised_bytes([down], n_slots, n_ff)],
+    gated, upped, downed, acts, acts_down = pieces(
+        run, 4 * n_slots * n_ff, 4 * n_slots * n_ff, 4 * n_slots * n_embd,
+        quantised_bytes([gate, up], n_tok, n_embd), quantised_bytes([down], n_slots, n_ff),
     )  # fmt: skip
     gated, upped = (v.view(np.float32).reshape(1, n_slots, n_ff) for v in (gated, upped))
     downed = downed.view(np.float32).reshape(1, n_slots, n_embd)
@@ -117,10 +118,9 @@ def _by_tile(run: Any, x: Any, ids: Any, gate: Weight, up: Weight, down: Weight,
     n_slots = n_tok * n_used
     variants = choose(run.limits, [w.type.id for w in (gate, up, down)], n_slots / n_expert)
     n_tiles = n_slots // variants[0].tokens + n_expert
-    outputs, narrowed, inner, order, place, tiles = _workspace(
-        run,
-        [4 * n_slots * max(2 * n_ff, n_embd), narrow_bytes([gate], n_tok, n_embd), narrow_bytes([down], n_slots, n_ff),
-         4 * n_slots, 4 * n_slots, 16 * n_tiles],
+    outputs, narrowed, inner, order, place, tiles = pieces(
+        run, 4 * n_slots * max(2 * n_ff, n_embd), narrow_bytes([gate], n_tok, n_embd),
+        narrow_bytes([down], n_slots, n_ff), 4 * n_slots, 4 * n_slots, 16 * n_tiles,
     )  # fmt: skip
     outputs, tiles = outputs.view(np.float32), tiles.view(np.int32).reshape(n_tiles, 4)
     gated, upped = outputs[: 2 * n_slots * n_ff].reshape(2, n_slots, 1, n_ff)
@@ -152,10 +152,3 @@ def choose(limits: Limits, type_ids: Sequence[int], slots_an_expert: float) -> l
             found = [some[0] for some in of_types]
             break
     return found
-
-
-def _workspace(run: Any, sizes: Sequence[int]) -> list[Any]:
-    """Arrays of so many bytes, each aligned to 256."""
-    ends = np.cumsum([-(-n // 256) * 256 for n in sizes])
-    memory = run.workspace(int(ends[-1]))
-    return [memory[int(end) - -(-n // 256) * 256 :][:n] for n, end in zip(sizes, ends, strict=True)]

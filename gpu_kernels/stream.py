@@ -15,8 +15,9 @@ a card (dry.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,7 @@ class Launch:
     threads: int
     shared: int
     args: tuple[Any, ...]
+    within: str = ""  # the op that it is a part of, where the kernel's file does not tell
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,21 @@ class Queue:
         self.n_threads = n_threads or os.cpu_count() or 1  # of the host, for what it does beside
         self.cancel = np.zeros(1, np.int64)
         self.staging: dict[Any, Any] = {}  # of streamed.py
+        self._within = ""
         self._jobs: list[Job] = []
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, args: Sequence[Any]) -> None:
         """Queue a kernel on grid blocks of so many threads with so many bytes of dynamic shared memory."""
-        self._jobs.append(Launch(kernel, grid, threads, shared, tuple(args)))
+        self._jobs.append(Launch(kernel, grid, threads, shared, tuple(args), self._within))
+
+    @contextlib.contextmanager
+    def within(self, op: str) -> Iterator[None]:
+        """What is launched meanwhile is a part of this op, for profiles."""
+        before, self._within = self._within, op
+        try:
+            yield
+        finally:
+            self._within = before
 
     def copy(self, to: Any, start: Any) -> None:
         """Queue a copy of one contiguous array to another of the same bytes; host memory has to be pinned."""
@@ -300,9 +312,9 @@ def between_calls(jobs: Sequence[Job]) -> list[tuple[bool, list[Job]]]:
 
 
 def name_of(job: Job) -> str:
-    """'file.kernel', 'copy', 'call' or 'feed'."""
+    """'op.kernel' or 'file.kernel', 'copy', 'call' or 'feed'."""
     if isinstance(job, Launch):
-        return f"{job.kernel.file.removesuffix('.cu')}.{job.kernel.name}"
+        return f"{job.within or job.kernel.file.removesuffix('.cu')}.{job.kernel.name}"
     return type(job).__name__.lower()
 
 

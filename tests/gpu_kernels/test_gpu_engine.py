@@ -19,13 +19,14 @@ import engine.backend
 from engine import BackendError, Cancelled, Engine, hybrid
 from engine.cli import main
 from engine.k_cache import TYPES_K
+from engine.parts import PARTS, part_of
 from engine.placing import Shape, need
 from engine.plan_card import plan_card
 from gpu_kernels.attention import choose
 from gpu_kernels.attention import kernels as decode_kernels
 from gpu_kernels.device import CARDS
 from gpu_kernels.k_cache import kernels as row_kernels
-from gpu_kernels.stream import Call, Feed
+from gpu_kernels.stream import Call, Feed, name_of
 
 matmul = importlib.import_module("gpu_kernels.matmul")
 instances(k for t in TYPES_K for n in (3, 12) for k in decode_kernels(choose(CARDS[90], t, 128, 32, n), t, 128, 32))
@@ -125,6 +126,16 @@ def test_a_long_prompt_brings_the_experts_to_the_card(
     tape = gpu._record(20, 0, 1)[1]
     assert any(isinstance(job, Feed) for job in tape.jobs) and not any(isinstance(job, Call) for job in tape.jobs)
     assert_relative_rms(gpu.step(prompt), cpu.step(prompt), TOLERANCE)
+
+
+@pytest.mark.parametrize("n_tok", [1, 20])
+def test_kernels_belong_to_the_parts_that_a_bench_tells(path: Path, shim: ShimOps, n_tok: int) -> None:
+    gpu, in_ram = open_on("gpu", path, min_mha_tokens=20), open_on("gpu", path, experts="cpu")
+    for one in (gpu, in_ram):
+        names = {name_of(job) for job in one._record(n_tok, 0, 1)[1].jobs}
+        assert {part_of(name) for name in names} == set(PARTS)
+        attention = {name.split(".")[0] for name in names if part_of(name) == "attention"}
+        assert attention == {"prefill" if one.model.min_mha_tokens <= n_tok else "mla_decode"}
 
 
 def test_a_cancelled_step_leaves_the_rows_that_were_there(path: Path, shim: ShimOps) -> None:
