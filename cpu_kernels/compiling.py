@@ -76,8 +76,9 @@ def our_mark() -> str:
 
 
 def _start() -> subprocess.Popen[bytes] | None:
-    if not sys.executable or getattr(sys, "frozen", False):  # frozen: it would start the program again
-        return None
+    name = os.path.basename(sys.executable or "").lower()
+    if not name.startswith(("python", "pypy")) or getattr(sys, "frozen", False):
+        return None  # Python is inside of another program, which must not be started again
     apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}

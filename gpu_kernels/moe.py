@@ -55,6 +55,12 @@ def experts(
     ids (n_tok, n_used) int32 and weights f32 as route left them; gate and up (n_expert, n_ff_exp, n_embd), down
     (n_expert, n_embd, n_ff_exp)
     """
+    check_arguments(x, ids, weights, gate, up, down, out)
+    queue(run, x, ids, weights, gate, up, down, out)
+
+
+def check_arguments(x: Any, ids: Any, weights: Any, gate: Any, up: Any, down: Any, out: Any) -> None:
+    """ValueError for what experts does not take."""
     n_tok, n_embd = rows_f32("x", x, 2)
     n_used = ids.shape[1]
     n_expert, n_ff, _ = gate.shape
@@ -66,7 +72,6 @@ def experts(
     if n_embd % 32 or n_ff % 32:
         raise ValueError(f"experts of {n_embd} and {n_ff} values; expected multiples of 32")
     assert ids.flags.c_contiguous and weights.flags.c_contiguous
-    queue(run, x, ids, weights, gate, up, down, out)
 
 
 def by_tile(run: Any, types: Sequence[int], n_tok: int) -> bool:

@@ -32,10 +32,9 @@ def can_stream(run: Any, types: Sequence[int], n_tok: int) -> bool:
     return moe.by_tile(run, types, n_tok)
 
 
-def experts_streamed(
-    run: Any, x: Any, ids: Any, weights: Any, gate: Any, up: Any, down: Any, out: Any
-) -> None:  # fmt: skip
-    """As experts, with gate, up and down of the file: type.id, shape, data (n_expert, rows, row bytes) u8."""
+def experts_streamed(run: Any, x: Any, ids: Any, weights: Any, gate: Any, up: Any, down: Any, out: Any) -> None:
+    """As experts, where can_stream, with gate, up and down of the file: type.id, shape, data (n_expert, …) u8."""
+    moe.check_arguments(x, ids, weights, gate, up, down, out)
     mats = (gate, up, down)
     n_expert = gate.shape[0]
     each = [w.data[0].size for w in mats]

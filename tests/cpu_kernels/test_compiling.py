@@ -87,7 +87,7 @@ def test_a_helper_that_would_compile_other_code_is_not_used(monkeypatch: pytest.
     assert len(queue) == 2 and not done
 
 
-@pytest.mark.parametrize("executable", ["", os.devnull])
+@pytest.mark.parametrize("executable", ["", os.devnull, "/opt/program/that-has-python-inside"])
 def test_without_a_python_to_start_this_process_compiles(monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     queue = deque([fresh(F16), fresh(F32)])

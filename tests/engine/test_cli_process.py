@@ -121,7 +121,7 @@ def test_a_prompt_that_does_not_fit_is_one_line() -> None:
 def test_bench_prints_its_figures_as_json() -> None:
     done = konly(*"bench -p 16,40 -n 3 -d 0,300 -t 1 --json".split())
     told = json.loads(done.stdout)
-    assert set(told) == {"model", "limits", "decode", "prefill"}
+    assert set(told) == {"model", "backend", "limits", "decode", "prefill"}
     assert told["model"] == "tiny-mla-tales-Q8_0.gguf"
     assert set(told["limits"]) == {"1"}
     assert [(row["type_k"], row["threads"], row["depth"]) for row in told["decode"]] == [("q8", 1, 0), ("q8", 1, 300)]
