@@ -22,9 +22,7 @@ import numpy as np
 
 from .tensor import QuantTensor
 
-STREAM_TOKENS = (
-    512  # of a ubatch, from which the weights go to the card rather than the tokens to the CPU (docs/gpu.md)
-)
+STREAM_TOKENS = 512  # of a ubatch, from which weights go to the card, rather than tokens to the CPU (docs/gpu.md)
 
 
 class HybridOps:

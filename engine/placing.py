@@ -65,7 +65,7 @@ def place(weights: DeepSeek2, backend: Backend, progress: Progress | None = None
         if progress is not None:
             progress(done, total, getattr(tensor, "name", "norm"))
         done += tensor.nbytes
-        return backend.ops.upload(run, tensor) if isinstance(tensor, QuantTensor) else run.upload(tensor)
+        return _upload(backend.ops, run, tensor)
 
     placed = weights.map(upload, backend.experts_on_cpu)
     if progress is not None:
@@ -73,17 +73,17 @@ def place(weights: DeepSeek2, backend: Backend, progress: Progress | None = None
     return placed
 
 
+def _upload(ops: Any, run: Any, tensor: Any) -> Any:
+    return ops.upload(run, tensor) if isinstance(tensor, QuantTensor) else run.upload(tensor)
+
+
 def need(weights: DeepSeek2, backend: Backend, shape: Shape) -> dict[str, int]:
     """Bytes on the card by part: weights, k_cache, buffers, workspace, slack."""
     hp, dry = weights.hparams, backend.dry
     run = dry.Run()
-
-    def upload(tensor: Any) -> Any:
-        return dry.upload(run, tensor) if isinstance(tensor, QuantTensor) else run.upload(tensor)
-
     shape = shape._replace(n_ubatch=shape.n_ubatch or backend.n_ubatch)
     try:
-        placed = weights.map(upload, backend.experts_on_cpu)
+        placed = weights.map(lambda tensor: _upload(dry, run, tensor), backend.experts_on_cpu)
         of_weights = run.kept
         buffers, workspace = of_steps(placed, dry, shape)
     except ValueError as error:

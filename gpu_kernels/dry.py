@@ -35,12 +35,15 @@ class DryRun(Queue):
         return np.empty(nbytes, np.uint8)
 
     def empty(self, nbytes: int) -> np.ndarray:
-        self.kept += -(-nbytes // 512) * 512  # as CuPy rounds
+        self._keep(nbytes)
         return np.lib.stride_tricks.as_strided(np.empty(1, np.uint8), (nbytes,), (0,), writeable=False)
 
     def put(self, to: Any, values: np.ndarray) -> None:
         pass
 
     def upload(self, a: np.ndarray) -> np.ndarray:
-        self.kept += -(-a.nbytes // 512) * 512
+        self._keep(a.nbytes)
         return a
+
+    def _keep(self, nbytes: int) -> None:
+        self.kept += -(-nbytes // 512) * 512  # as CuPy rounds

@@ -59,9 +59,8 @@ class Variant:
     warps: tuple[int, int]
     depth: int
     stages: int
-    for_floats: bool = (
-        False  # only where two blocks fit a multiprocessor; a third stage of weights, not of x, is what helps
-    )
+    # only where two blocks fit a multiprocessor; a third stage of weights, not of x, is what helps
+    for_floats: bool = False
 
     @property
     def threads(self) -> int:

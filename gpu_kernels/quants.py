@@ -7,10 +7,9 @@ the header 16) and those of Q5_K (176) stay as they are. The bits of a value do 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 ALIGNMENT = 256  # of a plane
 
@@ -89,13 +88,7 @@ def planes_of(f: Format, n_blocks: int) -> list[int]:
     return starts
 
 
-def pack(type_id: int, data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """(planes, where they begin) of blocks data (…, row bytes) u8 as the file has them."""
-    f = format_of(type_id)
-    blocks = np.ascontiguousarray(data).reshape(-1, f.nbytes)
-    starts = planes_of(f, len(blocks))
-    packed = np.zeros(starts[-1], np.uint8)
-    for (offset, n), start in zip(f.planes, starts):
-        packed[start : start + len(blocks) * n] = blocks[:, offset : offset + n].reshape(-1)
-    second, third, fourth = (*starts[1 : len(f.planes)], 0, 0, 0)[:3]
-    return packed, (second, third, fourth)
+def weight_of(kind: Any, shape: Sequence[int], data: Any, starts: Sequence[int]) -> Weight:
+    """Planes at data, which begin (and end) where planes_of says; kind: what has ggml's id."""
+    second, third, fourth = (*starts[1:-1], 0, 0, 0)[:3]
+    return Weight(kind, tuple(shape), data, (second, third, fourth))

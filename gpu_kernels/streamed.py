@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import moe
-from .quants import Weight, format_of, planes_of
+from .quants import Weight, format_of, planes_of, weight_of
 from .weights import split
 
 PIECE = 256 << 20  # bytes, at least one expert
@@ -63,12 +63,12 @@ def _planes(w: Any, n: int) -> list[int]:
 
 def _split(run: Any, w: Any, n: int, blocks: Any, data: Any) -> Weight:
     """n experts' blocks on the device as a weight; planes go to data, unless there is but one."""
-    f, starts, shape = format_of(w.type.id), _planes(w, n), (n, *w.shape[1:])
+    f, starts = format_of(w.type.id), _planes(w, n)
     if len(f.planes) == 1:
-        return Weight(w.type, shape, blocks, (0, 0, 0))
-    split(run, f, blocks, data, starts)
-    second, third, fourth = (*starts[1 : len(f.planes)], 0, 0, 0)[:3]
-    return Weight(w.type, shape, data, (second, third, fourth))
+        data = blocks
+    else:
+        split(run, f, blocks, data, starts)
+    return weight_of(w.type, (n, *w.shape[1:]), data, starts)
 
 
 def _fill(parts: Sequence[np.ndarray], starts: Sequence[int], pinned: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._compile import kernel
-from .quants import Format, Weight, format_of, planes_of
+from .quants import Format, Weight, format_of, planes_of, weight_of
 from .stream import wide
 
 SPLIT = kernel("split.cu", "split")
@@ -38,8 +38,7 @@ def upload(run: Any, weight: Any) -> Weight:
         run.put(stage, some)
         split(run, f, stage, data, starts, first)
         run.sync()
-    second, third, fourth = (*starts[1 : len(f.planes)], 0, 0, 0)[:3]
-    return Weight(weight.type, tuple(weight.shape), data, (second, third, fourth))
+    return weight_of(weight.type, weight.shape, data, starts)
 
 
 def split(run: Any, f: Format, blocks: Any, data: Any, starts: Sequence[int], first: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from weights import BF16, F32, Q4_K, Q8_0, rows, weight
 from gpu_kernels import embed_rows, matmul, matmul_heads, upload
 from gpu_kernels._compile import kernel
 from gpu_kernels.device import CARDS
-from gpu_kernels.quants import FORMATS, pack
+from gpu_kernels.quants import FORMATS
 
 module = importlib.import_module("gpu_kernels.matmul")  # whose name in the package is the function's
 ALL = [pytest.param(f.type_id, id=f.name) for f in FORMATS.values()]
@@ -170,8 +171,11 @@ def test_embedding_is_the_dequantised_row(type_id: int) -> None:
 
 @pytest.mark.parametrize("type_id", ALL)
 def test_planes_hold_every_byte_of_the_file_and_begin_aligned(type_id: int) -> None:
-    w, f = weight(type_id, 9, 256), FORMATS[type_id]
-    packed, planes = pack(type_id, w.data)
+    w, f, run = weight(type_id, 9, 256), FORMATS[type_id], ShimRun()
+    on_card, n_blocks = upload(run, w), w.data.size // f.nbytes
+    planes = on_card.planes
+    parts = zip((0, *planes), f.planes)
+    packed = np.concatenate([on_card.data[start : start + n_blocks * n] for start, (_, n) in parts])
     assert sum(n for _, n in f.planes) == f.nbytes and all(start % 256 == 0 for start in planes)
     assert np.array_equal(np.bincount(packed, minlength=256)[1:], np.bincount(w.data.ravel(), minlength=256)[1:])
 
@@ -190,4 +194,6 @@ def test_wrong_shapes_are_refused(x: tuple[int, int], out: tuple[int, int]) -> N
 
 def test_a_type_without_a_kernel_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="ggml type 16 has no GPU kernel; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0"):
-        pack(16, np.zeros((1, 66), np.uint8))
+        upload(
+            ShimRun(), SimpleNamespace(type=SimpleNamespace(id=16), shape=(1, 256), data=np.zeros((1, 66), np.uint8))
+        )
