@@ -41,23 +41,22 @@ def packing() -> Any:
 
 
 def scores() -> Any:
-    """A device function: scores [n][16] f32 of a group; the next rows are prefetched, at last those at `ahead`."""
+    """A device function: scores [n][16] f32 of a group; meanwhile `fetch` bytes from `ahead` on are prefetched."""
     from .microkernel import rank1_bf16, store_regs, zeros_f
     from .simd import device, prefetch
 
     M = ISA.n_acc
 
     @device
-    def add_scores(panel, rows, stride, n, ahead, ahead_stride, scores, C, R):
-        step = M * stride // ((C + R) // 4)
+    def add_scores(panel, rows, stride, n, ahead, fetch, scores, C, R):
+        step = fetch // (n // M * ((C + R) // 4))
         for t in range(0, n, M):
             acc = zeros_f(M, 1)
             w, x = panel, rows + t * stride
-            line = x + M * stride if t + M < n else ahead
             for _ in range((C + R) // 4):
                 for i in range(3):
-                    prefetch(line + 64 * i)
-                line += step
+                    prefetch(ahead + 64 * i)
+                ahead += step
                 acc = rank1_bf16(acc, w, x, stride)
                 acc = rank1_bf16(acc, w + 64, x + 4, stride)
                 w += 128
@@ -88,9 +87,12 @@ def weights() -> Any:
 
 
 def values() -> Any:
-    """A device function: outputs (n_lanes, C) times fades, plus weights times latents."""
+    """A device function: outputs (n_lanes, C) times fades, plus weights times latents.
+
+    Meanwhile `fetch` bytes from `ahead` on are prefetched.
+    """
     from .microkernel import load_regs, mul_rows, rank1_of_bf16, store_regs, zeros_f
-    from .simd import I16, VI, A, I, V, device, instruction, load, shuffle
+    from .simd import I16, VI, A, I, V, device, instruction, load, prefetch, shuffle
 
     @instruction(I, A, A)
     def zip_rows(b, row, stride):
@@ -99,7 +101,8 @@ def values() -> Any:
         return b.bitcast(shuffle(b, x, y, [i // 2 + 16 * (i % 2) for i in range(32)]), VI)
 
     @device
-    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, zipped, out, C):
+    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, ahead, fetch, zipped, out, C):
+        step = fetch // ((n_lanes + 7) // 16 * (C // 16) * (n // 2))
         for h in range(0, n_lanes, 16):  # a group
             weights = p + h // 16 * p_group
             if n_lanes - h > 8:
@@ -108,6 +111,8 @@ def values() -> Any:
                     acc = mul_rows(load_regs(zeros_f(16, 1), to, C * 4), fades + 4 * h)
                     row, x = rows + 2 * d, weights
                     for _ in range(n // 2):
+                        prefetch(ahead)
+                        ahead += step
                         acc = rank1_of_bf16(acc, zip_rows(row, stride), x, 4)
                         row += 2 * stride
                         x += 64
@@ -119,6 +124,8 @@ def values() -> Any:
                     high = mul_rows(load_regs(zeros_f(8, 1), to + 64, C * 4), fades + 4 * h)
                     row, x = rows + 2 * d, weights
                     for _ in range(n // 2):
+                        prefetch(ahead)
+                        ahead += step
                         low = rank1_of_bf16(low, zip_rows(row, stride), x, 4)
                         high = rank1_of_bf16(high, zip_rows(row + 32, stride), x, 4)
                         row += 2 * stride

@@ -37,7 +37,7 @@ def packing() -> Any:
 
 
 def scores() -> Any:
-    """A device function: scores [n][16] f32 of a group; n cache rows at `ahead` are prefetched."""
+    """A device function: scores [n][16] f32 of a group; meanwhile `fetch` bytes from `ahead` on are prefetched."""
     from .microkernel import rank1_f32, store_regs, zeros_f
     from .simd import device, prefetch
 
@@ -45,15 +45,15 @@ def scores() -> Any:
     LINES = 2 if ISA.avx512 else 1
 
     @device
-    def add_scores(panel, rows, stride, n, ahead, ahead_stride, scores, C, R):
-        step = M * ahead_stride // ((C + R) // 2)
+    def add_scores(panel, rows, stride, n, ahead, fetch, scores, C, R):
+        step = fetch // (n // M * ((C + R) // 2))
         for t in range(0, n, M):
             acc = zeros_f(M, 1)
-            w, x, line = panel, rows + t * stride, ahead + t * ahead_stride
+            w, x = panel, rows + t * stride
             for _ in range((C + R) // 2):
                 for i in range(LINES):
-                    prefetch(line + 64 * i)
-                line += step
+                    prefetch(ahead + 64 * i)
+                ahead += step
                 acc = rank1_f32(acc, w, x, stride)
                 acc = rank1_f32(acc, w + 64, x + 4, stride)
                 w += 128
@@ -86,7 +86,7 @@ def values() -> Any:
     MH = 8 if ISA.avx512 else 2  # lanes of a block, which is two vectors of dimensions wide
 
     @device
-    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, zipped, out, C):
+    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, ahead, fetch, zipped, out, C):
         for d in range(0, C, 32):
             for h in range(0, n_lanes, MH):
                 to = out + (h * C + d) * 4

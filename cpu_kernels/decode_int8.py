@@ -71,7 +71,7 @@ def packing() -> Any:
 
 
 def scores() -> Any:
-    """A device function: scores [n][16] f32 of a group; the next rows are prefetched, at last those at `ahead`."""
+    """A device function: scores [n][16] f32 of a group; meanwhile `fetch` bytes from `ahead` on are prefetched."""
     from .microkernel import (
         fold_regs,
         load_regs,
@@ -89,17 +89,16 @@ def scores() -> Any:
     rank1_bytes = rank1_s8 if SIGNED else rank1_ws8
 
     @device
-    def add_scores(panel, rows, stride, n, ahead, ahead_stride, scores, C, R):
+    def add_scores(panel, rows, stride, n, ahead, fetch, scores, C, R):
         of_lanes = panel + 16 * row_bytes(C, R)
-        step = M * stride // (C // 8 + R // 4)
+        step = fetch // (n // M * (C // 8 + R // 4))
         for t in range(0, n, M):
             w, x = panel, rows + t * stride
-            line = x + M * stride if t + M < n else ahead
             ints = load_regs(zeros_i(M, 1), of_lanes + 64, 0)
             for _ in range(C // 8):
                 for i in range(3):
-                    prefetch(line + 64 * i)
-                line += step
+                    prefetch(ahead + 64 * i)
+                ahead += step
                 ints = rank1_bytes(ints, w, x, stride)
                 ints = rank1_bytes(ints, w + 64, x + 4, stride)
                 w += 128
@@ -107,8 +106,8 @@ def scores() -> Any:
             acc = mul_regs(fold_regs(zeros_f(M, 1), ints, x + 2 * R, stride), of_lanes)
             for _ in range(R // 4):
                 for i in range(3):
-                    prefetch(line + 64 * i)
-                line += step
+                    prefetch(ahead + 64 * i)
+                ahead += step
                 acc = rank1_bf16(acc, w, x, stride)
                 acc = rank1_bf16(acc, w + 64, x + 4, stride)
                 w += 128
@@ -147,11 +146,14 @@ def weights() -> Any:
 
 
 def values() -> Any:
-    """A device function: outputs (n_lanes, n_out) times fades, plus weights times latents; in zip_rows's order."""
+    """A device function: outputs (n_lanes, n_out) times fades, plus weights times latents; in zip_rows's order.
+
+    Meanwhile `fetch` bytes from `ahead` on are prefetched.
+    """
     from numba import types
 
     from .microkernel import fold_regs, load_regs, mul_rows, rank1_ws8, store_regs, zeros_f, zeros_i
-    from .simd import I8, I16, A, V, const_i, device, instruction, load, offset, shuffle, store
+    from .simd import I8, I16, A, V, const_i, device, instruction, load, offset, prefetch, shuffle, store
 
     MH, N = (4, 4) if ISA.avx512 else (2, 2)
 
@@ -173,8 +175,9 @@ def values() -> Any:
             store(b, shuffle(b, x, y, index), offset(b, to, 64 * k))
 
     @device
-    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, zipped, out, C):
+    def add_values(p, p_group, n_lanes, fades, units, rows, stride, n, ahead, fetch, zipped, out, C):
         width = (C + 63) // 64 * 64
+        step = fetch // (width // 64 * (4 // N) * ((n_lanes + MH - 1) // MH) * (n // 4))
         for d in range(0, C, 64):
             for v in range(0, 4, N):
                 for h in range(0, n_lanes, MH):
@@ -182,6 +185,8 @@ def values() -> Any:
                     w, x, row = zipped + 64 * v, p + h // 16 * p_group + h % 16 * 4, rows + d
                     if v == 0 and h == 0:  # stores beside products cost less than before them
                         for _ in range(n // 4):
+                            prefetch(ahead)
+                            ahead += step
                             zip_rows(row, stride, w)
                             ints = rank1_ws8(ints, w, x, 4)
                             row += 4 * stride
@@ -189,6 +194,8 @@ def values() -> Any:
                             x += 64
                     else:
                         for _ in range(n // 4):
+                            prefetch(ahead)
+                            ahead += step
                             ints = rank1_ws8(ints, w, x, 4)
                             w += 256
                             x += 64

@@ -91,7 +91,7 @@ def decode_split_separate(prefetched, source):
                 if t0 + whole > shortest:
                     hide(p, whole, t0, limits + at)
                 soften(p, x, row_stride, whole, maxima + at, sums + at, fades + at, units + at, C, R)
-            add_values(weights, ROWS * 64, n_here, fades, units, v, latent_stride, whole, zipped, out, C)
+            add_values(weights, ROWS * 64, n_here, fades, units, v, latent_stride, whole, ahead, 0, zipped, out, C)
 
     return body
 
