@@ -159,7 +159,7 @@ def pack_queries(kind):
 @kernel
 def decode_split(type_k, kind):
     """A split for up to GROUPS groups a tile; the last and longest split comes first."""
-    from .simd import bc, device, ld_i32, ld_i64, prefetch, st
+    from .simd import bc, device, ld, ld_i32, ld_i64, prefetch, st
 
     module = KINDS[kind]
     read, before = reading(type_k, kind), device(rows_before)
@@ -179,18 +179,15 @@ def decode_split(type_k, kind):
         first = before(split)
         last = min(last, before(split + 1))
         next_first = before(max(0, last_split - (tile + n_threads) // n_chunks))  # a guess; only prefetches follow it
-        if tile < n_threads:
-            for i in range(0, BLOCK * row_stride, 64):
-                prefetch(rows + first * row_stride + i)
+        for i in range(0, BLOCK * row_stride, 64):  # the guess may have been wrong
+            prefetch(rows + first * row_stride + i)
 
         lanes = (n_lanes + 15) // 16 * 16
-        out = partial + (split * lanes * (n_out + 2) + first_lane * n_out) * 4
+        result = partial + (split * lanes * (n_out + 2) + first_lane * n_out) * 4
         maxima = partial + ((split * (n_out + 2) + n_out) * lanes + first_lane) * 4
         sums = maxima + 4 * lanes
         panels += first_lane // 16 * panel_bytes
         limits += 4 * first_lane
-        for i in range(0, n_groups * n_out * 64, 64):
-            st(out + i, bc(0.0))
         for i in range(0, n_groups * 64, 64):
             st(maxima + i, bc(NO_SCORE))
             st(sums + i, bc(0.0))
@@ -199,7 +196,10 @@ def decode_split(type_k, kind):
         units = fades + GROUPS * 64
         weights = units + GROUPS * 64
         zipped = weights + GROUPS * ROWS * 64
-        copy = zipped + ROWS * 64
+        out = zipped + ROWS * 64  # not where they end up: those lines are another core's, who merged them last
+        copy = out + n_groups * n_out * 64
+        for i in range(0, n_groups * n_out * 64, 64):
+            st(out + i, bc(0.0))
         stride = (C + R) * 4 if kind == "f32" else row_stride
         fetch = in_scores = ROWS * row_stride
         if kind != "f32" and n_here > 8:  # else the values of a tile have too few products to fetch beside
@@ -218,6 +218,8 @@ def decode_split(type_k, kind):
                 soften(p, x, stride, whole, maxima + at, sums + at, fades + at, units + at, C, R)
             rest = fetch - in_scores
             add_values(weights, ROWS * 64, n_here, fades, units, x, stride, whole, ahead, rest, zipped, out, C)
+        for i in range(0, n_groups * n_out * 64, 64):
+            st(result + i, ld(out + i))
 
     return body
 
