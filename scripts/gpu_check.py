@@ -2,6 +2,10 @@
 
 First every kernel against float64 (exit 1 if one is wrong), then times, with shares of the measured copy rate and of
 what tensor cores multiply; then whole models (gpu_model.py). Needs what konly needs, 12 GB of disk, and no network.
+
+    compute-sanitizer --tool racecheck python scripts/gpu_check.py --only decode --small
+
+looks at one part of the comparisons, in small cases (memcheck and synccheck as well).
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     parser.add_argument("--kernels", action="store_true", help="no whole models (gpu_model.py)")
     parser.add_argument("--json", type=Path, help="write every number to this file")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, help="these comparisons, and no times")
+    parser.add_argument("--small", action="store_true", help="short caches, few tokens and types: for a sanitizer")
     options = parser.parse_args()
     try:
         limits = device.check()
@@ -52,13 +58,11 @@ def main() -> int:
     )
     run = ops.Run()
     with run.stream:  # CuPy's own copies and fills as well
-        check_rows_and_rotation(run)
-        check_decode(run)
-        check_small(run)
-        check_products(run)
-        check_experts(run)
-        check_prefill(run)
+        for name in options.only or CHECKS:
+            CHECKS[name](run, options.small)
         print(f"{len(report['correctness'])} comparisons, {len(failures)} failed {failures or ''}\n", flush=True)
+        if options.only:
+            return bool(failures)
 
         measured = ops.roofline.limits(run)
         rate = measured["read_gb_s"]
@@ -130,13 +134,16 @@ def attention(q: np.ndarray, rows: np.ndarray, n_kv: Sequence[int], rank: int) -
     return out
 
 
-def check_decode(run: Any) -> None:
-    for rank, n_rot in ((512, 64), (256, 64), (256, 32), (128, 32)):
+def check_decode(run: Any, small: bool) -> None:
+    shapes, n = ((512, 64), (256, 64), (256, 32), (128, 32)), 4133
+    if small:
+        shapes, n = ((512, 64), (128, 32)), 333
+    for rank, n_rot in shapes:
         for type_k in TYPES_K:
             if type_k == "bf16" and not run.limits.has_bf16:
                 continue
-            rows, exact, gamma = stored(run, type_k, rank, n_rot, 4200)
-            for n_head, n_kv in ((16, [0]), (16, [1]), (16, [4133]), (5, [777, 0, 33]), (40, [900]), (128, [4133, 64])):
+            rows, exact, gamma = stored(run, type_k, rank, n_rot, n + 67)
+            for n_head, n_kv in ((16, [0]), (16, [1]), (16, [n]), (5, [n // 5, 0, 33]), (40, [n // 4]), (128, [n, 64])):
                 try:
                     choose(run.limits, type_k, rank, n_rot, n_head * len(n_kv))
                 except ValueError:
@@ -164,8 +171,8 @@ def decode(run: Any, q: Any, rows: Any, type_k: str, n_kv: Any, rank: int, n_rot
     return out
 
 
-def check_rows_and_rotation(run: Any) -> None:
-    for rank, n_rot in ((512, 64), (384, 64), (128, 32)):
+def check_rows_and_rotation(run: Any, small: bool) -> None:
+    for rank, n_rot in ((512, 64),) if small else ((512, 64), (384, 64), (128, 32)):
         h = hadamard(rank)
         for type_k in TYPES_K:
             rows, exact, gamma = stored(run, type_k, rank, n_rot, 50)
@@ -193,7 +200,7 @@ def check_rows_and_rotation(run: Any) -> None:
         compare(f"unrotate_output {rank}", on_card[1], x @ h * gamma, 1e-12)
 
 
-def check_small(run: Any) -> None:
+def check_small(run: Any, small: bool) -> None:
     x, w, y = normal(5, 2048), normal(2048, seed=1), normal(5, 2048, seed=2)
     d_x, d_w, d_y, out = (run.upload(a) for a in (x, w, y, np.empty_like(x)))
     ops.rms_norm(run, d_x, d_w, EPS, out)
@@ -249,14 +256,16 @@ def random_weight(run: Any, type_id: int, *shape: int) -> Any:
     return ops.upload(run, SimpleNamespace(type=kind, shape=shape, data=data))
 
 
-def check_products(run: Any) -> None:
+def check_products(run: Any, small: bool) -> None:
     """Against the weights as embed_rows decodes them, which the tests compare with gguf bit by bit."""
     for f in FORMATS.values():
+        if small and f.name not in ("F32", "F16", "Q8_0", "Q4_K", "Q6_K"):
+            continue
         w, k = random_weight(run, f.type_id, 500, 1536), 1536
         values = run.upload(np.empty((500, k), np.float32))
         ops.embed_rows(run, w, run.upload(np.arange(500, dtype=np.int32)), values)
         alone = []
-        for n_tok in (1, 6, 17, 70, 300):
+        for n_tok in (1, 6, 17, 70) if small else (1, 6, 17, 70, 300):
             x = normal(n_tok, k)
             out = run.upload(np.full((n_tok, 500), np.nan, np.float32))
             ops.matmul(run, w, run.upload(x), out)
@@ -279,7 +288,7 @@ def check_products(run: Any) -> None:
         compare(f"matmul {f.name}: a token has the bits it has alone", out, alone[1][:1].get(), 0.0)
 
 
-def check_experts(run: Any) -> None:
+def check_experts(run: Any, small: bool) -> None:
     n_expert, n_embd, n_ff = 9, 512, 256
     for name, types in (("F32", (0, 0, 0)), ("Q4_K Q6_K", (12, 12, 14)), ("BF16 F16 Q5_0", (30, 1, 6))):
         shapes = ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))
@@ -292,7 +301,7 @@ def check_experts(run: Any) -> None:
             ops.embed_rows(run, flat, run.upload(np.arange(n_expert * m, dtype=np.int32)), decoded)
             run.sync()
             values.append(decoded.get().astype(np.float64).reshape(w.shape))
-        for n_tok in (2, 70, 700):
+        for n_tok in (2, 70) if small else (2, 70, 700):
             x, ids = normal(n_tok, n_embd) * 0.01, chosen(n_tok, n_expert - 1, 3)  # the last has no token
             weights, out = np.abs(normal(n_tok, 3)), run.upload(np.zeros((n_tok, n_embd), np.float32))
             ops.experts(run, run.upload(x), run.upload(ids), run.upload(weights), *mats, out)
@@ -310,12 +319,11 @@ def chosen(n_tok: int, n_expert: int, n_used: int) -> np.ndarray:
     return np.ascontiguousarray(np.argsort(normal(n_tok, n_expert, seed=7), axis=1)[:, :n_used], np.int32)
 
 
-def check_prefill(run: Any) -> None:
-    for n_head, nope, n_v, n_past, n_tok in (
-        (16, 128, 128, 40, 300),
-        (4, 192, 256, 400, 150),
-        (16, 128, 128, 3000, 20),
-    ):
+def check_prefill(run: Any, small: bool) -> None:
+    for case in ((16, 128, 128, 40, 300), (4, 192, 256, 400, 150), (16, 128, 128, 3000, 20)):
+        n_head, nope, n_v, n_past, n_tok = case
+        if small:
+            n_head, n_past, n_tok = 4, min(n_past, 600), min(n_tok, 70)
         _check_prefill(run, n_head, nope, n_v, n_past, n_tok)
 
 
@@ -345,6 +353,16 @@ def _check_prefill(run: Any, n_head: int, nope: int, n_v: int, n_past: int, n_to
         allowed = NMSE[type_k] if pays(n_tok, n_past) else 1e-3
         expected = np.einsum("thc,hvc->thv", latent, values[1])
         compare(f"mla_prefill {type_k}, {n_head} heads, {n_tok} tokens after {n_past}", out, expected, allowed)
+
+
+CHECKS = {
+    "rows": check_rows_and_rotation,
+    "decode": check_decode,
+    "small": check_small,
+    "products": check_products,
+    "experts": check_experts,
+    "prefill": check_prefill,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ times

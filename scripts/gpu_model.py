@@ -3,6 +3,10 @@
 First the card against the CPU: logits, and sessions that move from one to the other. Then times of a V2-Lite-shaped
 Q4_K_M model, which is made here from random weights (10 GB), with and without CUDA graphs, and with its experts in RAM.
 Last the plan of DeepSeek-V3 with 160k tokens on a card of 32 GB, from a file that is only a head.
+
+With --v3 nothing but DeepSeek-V3's shape in Q6_K with 16 of its 256 experts, of which a token takes 8 as there: 48 GB
+of disk, and a card of 80 GB. A token reads what it reads of the whole model, and with its experts in RAM the card
+holds what it holds of that.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,10 +45,11 @@ STORY = "Once upon a time there was a little fox who"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="time this file instead of one that is made here")
+    parser.add_argument("--v3", action="store_true", help="time DeepSeek-V3's shape with few experts instead")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = run(Path(folder), options.model)
+        report = run_v3(Path(folder), options.model) if options.v3 else run(Path(folder), options.model)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return bool(report["failed"])
@@ -53,7 +59,7 @@ def run(folder: Path, model: Path | None = None) -> dict[str, Any]:
     """{"failed": names, "checks", "times", "plan"}; tables on stdout."""
     report: dict[str, Any] = {"failed": [], "checks": [], "times": []}
     small = folder / "v2lite-3.gguf"
-    write(small, replace_layers("v2lite", 3), "q4_k_m")
+    write(small, replace(KINDS["v2lite"], n_layer=3), "q4_k_m")
     for type_k in TYPES_K:
         check_logits(report, small, type_k)
         check_sessions(report, folder / "session", type_k)
@@ -69,10 +75,21 @@ def run(folder: Path, model: Path | None = None) -> dict[str, Any]:
     return report
 
 
-def replace_layers(kind: str, n: int) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(KINDS[kind], n_layer=n)
+def run_v3(folder: Path, model: Path | None = None) -> dict[str, Any]:
+    """{"failed": names, "times", "memory …": planned and taken bytes}; a table on stdout."""
+    report: dict[str, Any] = {"failed": [], "times": []}
+    if model is None:
+        model = folder / "v3-16.gguf"
+        write(model, replace(KINDS["v3"], n_expert=16), "q6_k")
+    print("| DeepSeek-V3, 16 experts | depth | ms a token | without graph | t/s of prompts |\n|---|---|---|---|---|")
+    options: dict[str, Any] = {"n_ctx": 163_840, "type_k": "f16", "n_ubatch": 4096}
+    for experts in (None, "cpu"):
+        with opened(report, model, experts=experts, **options) as gpu:
+            for depth in DEPTHS if experts is None else DEPTHS[::3]:
+                time_depth(report, gpu, f"experts on {experts or 'the card'}", depth, PROMPTS, n_gen=12, n_prompts=2)
+            planned = plan_card(str(model), "gpu", experts, **options)
+            note_memory(report, f"experts {experts}", planned)
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------ correctness
@@ -133,9 +150,6 @@ def note(report: dict[str, Any], name: str, value: float, ok: bool) -> None:
 
 
 def time_model(report: dict[str, Any], path: Path) -> None:
-    import cupy
-
-    pool = cupy.get_default_memory_pool()
     print("| V2-Lite Q4_K_M | depth | ms a token | without graph |" + "".join(f" t/s of {n:,} |" for n in PROMPTS))
     print("|---|---|---|---|" + "---|" * len(PROMPTS))
     for type_k in ("f16", "q8"):
@@ -143,9 +157,7 @@ def time_model(report: dict[str, Any], path: Path) -> None:
             planned = plan_card(str(path), n_ctx=163_840, type_k=type_k, n_ubatch=4096)
             for depth in DEPTHS:
                 time_depth(report, gpu, f"card, {type_k}", depth, PROMPTS)
-            assert planned is not None
-            report[f"memory {type_k}"] = planned["total"], pool.used_bytes()
-            print(f"planned {planned['total'] / 2**30:.2f} GiB, taken {pool.used_bytes() / 2**30:.2f}")
+            note_memory(report, type_k, planned)
     print()
     for name, stream_from in (("experts by the CPU", 1 << 30), ("experts streamed", 17)):
         hybrid.STREAM_TOKENS, usual = stream_from, hybrid.STREAM_TOKENS
@@ -153,6 +165,15 @@ def time_model(report: dict[str, Any], path: Path) -> None:
             for depth in (0, 32_768):
                 time_depth(report, gpu, name, depth, (64, 128, 256, 512, 4096), n_gen=16)
         hybrid.STREAM_TOKENS = usual
+
+
+def note_memory(report: dict[str, Any], name: str, planned: dict[str, Any] | None) -> None:
+    import cupy
+
+    assert planned is not None
+    taken = cupy.get_default_memory_pool().used_bytes()
+    report[f"memory {name}"] = planned["total"], taken
+    print(f"planned {planned['total'] / 2**30:.2f} GiB, taken {taken / 2**30:.2f}", flush=True)
 
 
 @contextmanager
@@ -164,8 +185,9 @@ def opened(report: dict[str, Any], path: Path, **options: Any) -> Iterator[Engin
 
 
 def time_depth(
-    report: dict[str, Any], gpu: Engine, name: str, depth: int, prompts: tuple[int, ...], n_gen: int = 32
-) -> None:
+    report: dict[str, Any], gpu: Engine, name: str, depth: int, prompts: tuple[int, ...], n_gen: int = 32,
+    n_prompts: int = 3,
+) -> None:  # fmt: skip
     ids = np.random.default_rng(1).integers(0, gpu.hparams.n_vocab, max(*prompts, N_REAL))
     if depth == 0:
         gpu.step(ids[:N_REAL])
@@ -186,7 +208,7 @@ def time_depth(
     for _ in range(8):
         tape.replayed = False
         plain.append(timed(1))
-    rates = {n: n / min(timed(n) for _ in range(3)) for n in prompts}
+    rates = {n: n / min(timed(n) for _ in range(n_prompts)) for n in prompts}
     row = {"name": name, "depth": depth, "decode_ms": 1e3 * decode, "plain_ms": 1e3 * median(plain), "prompts": rates}
     report["times"].append(row)
     cells = " | ".join(f"{n:,}: {rate:,.0f}" for n, rate in rates.items())
