@@ -1,7 +1,7 @@
 """Which CPU the kernels are compiled for, and what follows from it.
 
-The host's by default; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES (Numba's own variables) choose another, for tests.
-Nothing here imports Numba.
+The host's by default; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES choose another, for tests, and mean what they mean to
+Numba: a name alone, but for `generic`, keeps the host's features. Nothing here imports Numba.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _host() -> tuple[str, str]:
     name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
     features = os.environ.get("NUMBA_CPU_FEATURES")
     if features is None:
-        features = "" if "NUMBA_CPU_NAME" in os.environ else llvm.get_host_cpu_features().flatten()
+        features = "" if name.lower() == "generic" else llvm.get_host_cpu_features().flatten()
     return name, features
 
 
@@ -37,7 +37,7 @@ class Isa:
     bf16: bool  # vdpbf16ps on 512 bits
     dotprod: bool  # sdot of bytes on 128 bits (AArch64)
     i8mm: bool  # usdot of bytes on 128 bits (AArch64)
-    f16: bool  # f16 <-> f32 conversion in hardware; without it LLVM calls a library function that may be missing
+    f16: bool  # f16 <-> f32; without it LLVM asks for a library function, and aborts the process where it is missing
 
     @property
     def n_acc(self) -> int:
@@ -61,9 +61,10 @@ class Isa:
 
 
 def _isa(name: str, features: frozenset[str]) -> Isa:
+    x86 = llvm.get_process_triple().startswith("x86_64")
     avx512 = "avx512bw" in features and "avx512vl" in features
     return Isa(
-        x86="sse2" in features,
+        x86=x86,
         avx2="avx2" in features,
         avx512=avx512,
         vnni512=avx512 and "avx512vnni" in features,
@@ -72,7 +73,7 @@ def _isa(name: str, features: frozenset[str]) -> Isa:
         bf16=avx512 and "avx512bf16" in features,
         dotprod="dotprod" in features or name.startswith("apple-m"),  # macOS may list no features
         i8mm="i8mm" in features,
-        f16="f16c" in features or "sse2" not in features,
+        f16=not x86 or "f16c" in features,
     )
 
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ._jit import SCRATCH_BYTES, Code, kernel, load
-from .isa import FEATURES
+from .isa import ISA
 
 # int64 words of the pool's state; each group that one thread writes and others read has a cache line of its own
 EPOCH, OPEN, ACTIVE, PROGRAM, ASLEEP = 0, 8, 16, 24, 32
@@ -42,7 +42,7 @@ ENTRY, ARGS, N_TILES, BARRIER, NEXT, DONE, JOB_WORDS = 0, 1, 2, 3, 8, 9, 16
 
 SPINS = 20_000  # of `pause` (40-140 cycles each) before a worker sleeps
 SPINS_BEFORE_YIELD = 2_000
-SLICE = 60_000_000 if "sse2" in FEATURES else 20_000  # ticks after which the caller looks in on Python
+SLICE = 60_000_000 if ISA.x86 else 20_000  # ticks after which the caller looks in on Python
 FINISHED, TIME_IS_UP, CANCELLED = 0, 1, 2
 
 

@@ -73,8 +73,14 @@ class DryOps:
 
 
 def cpu() -> Backend:
+    """BackendError, one sentence, on a CPU that no kernel can be compiled for."""
     import cpu_kernels
 
+    if not cpu_kernels.isa.ISA.f16:
+        raise BackendError(
+            f"the CPU ({cpu_kernels.isa.CPU_NAME}) has no F16C instructions, which the kernels need (Intel Core since"
+            " 2012, AMD since 2011); a virtual machine may hide them: give it the host's CPU model"
+        )
     return Backend("cpu", cpu_kernels, host)
 
 

@@ -59,3 +59,11 @@ def test_kernels_with_another_cpu_s_dot_product_are_right(cpu: str, tmp_path: Pa
     program = [str(HERE / "as_another_cpu.py"), cpu]
     files = [f"test_{name}.py" for name in ("attention", "matmul", "quants", "roofline")]
     run_tests(program, files, DOTS, KONLY_CACHE_DIR=str(tmp_path))
+
+
+def test_another_cpu_s_name_alone_keeps_the_features_of_this_one() -> None:
+    """As Numba has it, which compiles for them."""
+    program = "from cpu_kernels.isa import CPU_NAME, FEATURES; print(CPU_NAME, *sorted(FEATURES))"
+    env = {k: v for k, v in os.environ.items() if k != "NUMBA_CPU_FEATURES"} | {"NUMBA_CPU_NAME": "haswell"}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["haswell", *sorted(FEATURES)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from synthetic import write_model
 
+from cpu_kernels.isa import ISA
 from engine import Engine
 from engine.engine import default_model
 
@@ -133,3 +134,13 @@ def test_inspect_tells_the_form_of_a_legacy_file(tmp_path: Path) -> None:
     done = konly("inspect", str(path))
     assert done.returncode == 0
     assert "legacy: attn_kv_b" in done.stdout and "here it runs K-only" in done.stdout
+
+
+@pytest.mark.parametrize("features", [{}, {"NUMBA_CPU_FEATURES": "+sse2,+avx"}])
+def test_a_cpu_without_f16c_is_refused_in_a_sentence(features: dict[str, str]) -> None:
+    if not ISA.x86:
+        pytest.skip("about x86")
+    done = konly("run", "-p", "x", "-n", "1", NUMBA_CPU_NAME="generic", **features)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: the CPU (generic) has no F16C instructions")
+    assert done.stderr.count("\n") == 1
