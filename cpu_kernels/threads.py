@@ -262,6 +262,7 @@ class _Pool:
         self._scratch = np.frombuffer(self._scratch_map, np.uint8).ctypes.data
         self._out = np.zeros(2, np.int64)
         self._turn = _Turnstile()
+        self._telling: int | None = None  # a thread
         self._wake = [threading.Lock()]  # of worker i at index i, held while it sleeps; the caller is thread 0
         self._threads = [threading.main_thread()]
         out = self._out.ctypes.data
@@ -284,8 +285,13 @@ class _Pool:
             self._wake[i].acquire()
             _allow_all_cores()
 
-    def execute(self, tape: Tape, n_threads: int, cancel: np.ndarray, times: np.ndarray | None = None) -> None:
+    def execute(
+        self, tape: Tape, n_threads: int, cancel: np.ndarray,
+        tell: Callable[[float], None] | None = None, times: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """times: (n_jobs + 1,) int64 zeros, for the ticks of the start and of each barrier."""
+        if self._telling == threading.get_ident():
+            raise RuntimeError("a step was begun in the progress callback of another, which is not finished")
         with self._turn:
             self._start_workers(n_threads)
             self.state[PROGRAM : PROGRAM + 4] = (tape.address, tape.n_jobs, cancel.ctypes.data, n_threads)
@@ -301,10 +307,15 @@ class _Pool:
                 while status == TIME_IS_UP:
                     self._drive(0, self._scratch)
                     status = int(self._out[0])
+                    if status == TIME_IS_UP and tell is not None:
+                        self._telling = threading.get_ident()
+                        tell(tape.share)
+                        self._telling = None
             except BaseException:
                 cancel[0] = 1
                 raise
             finally:
+                self._telling = None
                 self._close(0, 0)
         if status == CANCELLED:
             raise Cancelled
@@ -400,6 +411,12 @@ class Tape:
         tiles = [int(n[0]) if isinstance(n, np.ndarray) else n for _, n, _, _ in self._jobs]
         return words[:, NEXT].copy(), words[:, DONE].copy(), np.array(tiles, np.int64)
 
+    @property
+    def share(self) -> float:
+        """Of its jobs, those that are finished, in the execution that is under way."""
+        _, done, tiles = self.progress()
+        return float(np.mean(done >= tiles))
+
     def _assemble(self) -> np.ndarray:
         n_args = sum(len(args) + 1 for _, _, args, _ in self._jobs)
         memory = np.zeros(JOB_WORDS * self.n_jobs + n_args + 8, np.int64)
@@ -475,16 +492,19 @@ class Run:
         jobs, self._jobs = self._jobs, []
         return Tape(jobs)
 
-    def replay(self, tape: Tape) -> None:
-        """Execute a tape. Cancelled: raised at most a tile after the flag was set."""
+    def replay(self, tape: Tape, tell: Callable[[float], None] | None = None) -> None:
+        """Execute a tape. Cancelled: raised at most a tile after the flag was set.
+
+        tell: called some forty times a second with the share of the tape that is done; the caller's thread waits for it
+        """
         if tape.n_jobs:
-            _pool().execute(tape, self.n_threads, self.cancel)
+            _pool().execute(tape, self.n_threads, self.cancel, tell)
 
     def profile(self, tape: Tape) -> list[tuple[str, float]]:
         """Execute a tape; (kernel, seconds) in order. Jobs without a barrier between them count as their last."""
         times = np.zeros(tape.n_jobs + 1, np.int64)
         start = time.perf_counter()
-        _pool().execute(tape, self.n_threads, self.cancel, times)
+        _pool().execute(tape, self.n_threads, self.cancel, times=times)
         seconds = time.perf_counter() - start
         at = np.flatnonzero(times)
         parts = np.diff(times[at]) * (seconds / max(1, times[at[-1]] - times[0]))

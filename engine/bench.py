@@ -112,7 +112,7 @@ def _time(engine: Engine, tokens: np.ndarray) -> Timing:
     found: list[tuple[str, float]] = []
     evaluating = 0.0
 
-    def replay(tape: Any) -> None:
+    def replay(tape: Any, tell: None) -> None:
         nonlocal evaluating
         if on_card:
             start = time.perf_counter()

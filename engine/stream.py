@@ -210,27 +210,28 @@ class Stream:
         self._run.cancel[0] = 1
 
     def _step(self, ids: np.ndarray, n_logits: int, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """(n_logits, n_vocab): of the last tokens. progress: called with the tokens that are done, between ubatches."""
+        """(n_logits, n_vocab): of the last tokens. progress: called with the tokens that are done, nearly."""
         pieces = []
         for start in range(0, len(ids), self.n_ubatch):
             if progress is not None:
                 progress(start)
             ubatch = ids[start : start + self.n_ubatch]
             after = len(ids) - start - len(ubatch)
-            out = self._ubatch(ubatch, min(len(ubatch), max(0, n_logits - after)))
+            tell = None if progress is None else _tokens_done(progress, start, len(ubatch))
+            out = self._ubatch(ubatch, min(len(ubatch), max(0, n_logits - after)), tell)
             if out is not None:
                 pieces.append(out.copy())
         if progress is not None:
             progress(len(ids))
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    def _ubatch(self, ids: np.ndarray, n_logits: int) -> np.ndarray | None:
+    def _ubatch(self, ids: np.ndarray, n_logits: int, tell: Callable[[float], None] | None = None) -> np.ndarray | None:
         """Execute one step of at most n_ubatch tokens; a view of its logits."""
         n_tok = len(ids)
         step, tape, logits = self._recording(n_tok, self.n_kv, n_logits)
         step.fill(slice(0, n_tok), ids, self.cache)
         try:
-            self._run.replay(tape)
+            self._run.replay(tape, tell)
         except self.model.ops.Cancelled:
             raise Cancelled("the step was cancelled") from None
         self._append(ids.tolist())
@@ -319,7 +320,8 @@ class Stream:
         logprobs        n: each Response carries log probabilities, and the n most probable alternatives
         speculate       True: guess what follows from what came before, and verify many tokens in one step; the text is
                         the same, and comes faster where it repeats itself
-        progress        called as progress(done, total) with tokens of the prompt
+        progress        called as progress(done, total) with tokens of the prompt, up to forty times a second; within an
+                        ubatch the share of its kernels that are done tells how many that are
 
         Wrong arguments, and a prompt that does not fit n_ctx, raise at the call, before any work. Closing the iterator
         ends the generation; `stats` tells what it did.
@@ -362,6 +364,10 @@ class Stream:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
         )
         return self.generate(ids, max_tokens, **arguments)
+
+
+def _tokens_done(progress: Callable[[int], None], start: int, n_tok: int) -> Callable[[float], None]:
+    return lambda share: progress(start + int(share * n_tok))
 
 
 def record(model: Model, step: Step, n_logits: int) -> Recording:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ class DryRun(Queue):
         self.kept = 0
         self._workspace = np.empty(0, np.uint8)
 
-    def replay(self, tape: Tape) -> None:
+    def replay(self, tape: Tape, tell: Callable[[float], None] | None = None) -> None:
         pass
 
     def workspace(self, nbytes: int) -> np.ndarray:

@@ -133,7 +133,7 @@ class Queue:
         """Execute the queue; wait until it is done."""
         self.replay(self.take())
 
-    def replay(self, tape: Tape) -> None:
+    def replay(self, tape: Tape, tell: Callable[[float], None] | None = None) -> None:
         raise NotImplementedError
 
     def workspace(self, nbytes: int) -> Any:
@@ -190,12 +190,15 @@ class Run(Queue):
     def upload(self, a: np.ndarray) -> Any:
         return arrays.upload(a)
 
-    def replay(self, tape: Tape) -> None:
-        """Execute a tape and wait for it. Cancelled: raised some ten kernels after the flag was set."""
+    def replay(self, tape: Tape, tell: Callable[[float], None] | None = None) -> None:
+        """Execute a tape and wait for it. Cancelled: raised some ten kernels after the flag was set.
+
+        tell: called now and then with the share of the tape that has been queued, if it is its first time
+        """
         self.enter()
         try:
             if not tape.replayed:
-                self._one_by_one(tape)
+                self._one_by_one(tape, tell)
                 tape.replayed = True
             else:
                 if tape.parts is None:
@@ -234,7 +237,7 @@ class Run(Queue):
         if self.cancel[0]:
             raise Cancelled
 
-    def _one_by_one(self, tape: Tape) -> None:
+    def _one_by_one(self, tape: Tape, tell: Callable[[float], None] | None) -> None:
         import cupy
 
         under_way: list[Any] = []
@@ -242,6 +245,8 @@ class Run(Queue):
             if len(under_way) == 2:
                 under_way.pop(0).synchronize()
             self._look()
+            if tell is not None:
+                tell(start / len(tape.jobs))
             for job in tape.jobs[start : start + CHUNK]:
                 self._execute(job)
             under_way.append(cupy.cuda.Event(disable_timing=True))

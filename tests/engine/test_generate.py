@@ -271,7 +271,8 @@ def test_progress_counts_the_tokens_of_the_prompt() -> None:
     engine, seen = Engine(n_ubatch=20), []
     ids = engine.tokenize(PROMPT * 10)
     list(engine.generate(ids, max_tokens=1, progress=lambda done, total: seen.append((done, total))))
-    assert seen == [(n, len(ids)) for n in [*range(0, len(ids), 20), len(ids)]]
+    between_ubatches = [(n, len(ids)) for n in [*range(0, len(ids), 20), len(ids)]]
+    assert [told for told in seen if told in between_ubatches] == between_ubatches
     del seen[:]
     list(engine.generate([*ids, 5], max_tokens=1, progress=lambda done, total: seen.append((done, total))))
     assert seen == [(len(ids), len(ids) + 1), (len(ids) + 1, len(ids) + 1)]  # what is reused counts as done

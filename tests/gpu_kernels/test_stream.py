@@ -116,7 +116,7 @@ class Logging(Run):
     def _execute(self, job: Any) -> None:
         self.log.append(name_of(job))
 
-    def _one_by_one(self, tape: Tape) -> None:
+    def _one_by_one(self, tape: Tape, tell: object) -> None:
         for job in tape.jobs:
             self._look()
             self._execute(job)
