@@ -108,7 +108,7 @@ class ShimRun(Queue):
         if self.at_once:
             self.sync()
 
-    def replay(self, tape: Tape) -> None:
+    def replay(self, tape: Tape, tell: object = None) -> None:
         for job in tape.jobs:
             if self.cancel[0]:
                 raise Cancelled
