@@ -39,16 +39,28 @@ def choose(
     weights: DeepSeek2, backend: str, experts: str | None, shape: Shape, loading: Progress | None = None
 ) -> tuple[Backend, DeepSeek2]:
     """The backend to run on, and the weights where it wants them. BackendError, UnsupportedModelError."""
+    chosen, parts = candidate(weights, backend, experts, shape)
+    if chosen.card is not None:
+        check_fits(parts, chosen)
+    return chosen, place(weights, chosen, loading)
+
+
+def candidate(
+    weights: DeepSeek2, backend: str, experts: str | None, shape: Shape, free: int | None = None
+) -> tuple[Backend, dict[str, int]]:
+    """The first backend that the model fits, or the last one; and what it takes of the card there, as need() says.
+
+    free: bytes; None for what is. UnsupportedModelError if the last has no kernel for something.
+    """
     *better, last = candidates(backend, experts, any(isinstance(layer, MoE) for layer in weights.ffn))
     for one in better:
         try:
-            check_fits(need(weights, one, shape), one)
-        except (BackendError, UnsupportedModelError):
+            parts = need(weights, one, shape)
+        except UnsupportedModelError:
             continue
-        return one, place(weights, one, loading)
-    if last.card is not None:
-        check_fits(need(weights, last, shape), last)
-    return last, place(weights, last, loading)
+        if sum(parts.values()) <= (one.arrays.free_nbytes() if free is None else free):
+            return one, parts
+    return last, need(weights, last, shape) if last.card is not None else {}
 
 
 def place(weights: DeepSeek2, backend: Backend, progress: Progress | None = None) -> DeepSeek2:

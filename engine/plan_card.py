@@ -9,15 +9,14 @@ import os
 from typing import Any
 
 from . import models
-from .backend import candidates, cpu
+from .backend import cpu
 from .engine import DEFAULT_N_CTX, MAX_N_CTX, default_model
-from .errors import UnsupportedModelError
 from .gguf_file import read
 from .hparams import HParams
 from .k_cache import TYPES_K
 from .layers.ffn import MoE
 from .model import MIN_MHA_TOKENS
-from .placing import Shape, need
+from .placing import Shape, candidate, need
 from .plan import largest
 
 
@@ -43,19 +42,10 @@ def plan_card(
     weights = models.build(hp, file, cpu().ops)
     routed = [layer for layer in weights.ffn if isinstance(layer, MoE)]
     shape = Shape(n_ctx or min(hp.n_ctx_train, DEFAULT_N_CTX), type_k, n_ubatch, MIN_MHA_TOKENS)
-    *better, last = candidates(backend, experts, bool(routed))
-    for one in (*better, last):
-        if one.card is None:
-            return None
-        free = one.arrays.free_nbytes() if ram is None else ram
-        try:
-            parts = need(weights, one, shape)
-        except UnsupportedModelError:
-            if one is last:
-                raise
-            continue
-        if sum(parts.values()) <= free or one is last:
-            break
+    one, parts = candidate(weights, backend, experts, shape, ram)
+    if one.card is None:
+        return None
+    free = one.arrays.free_nbytes() if ram is None else ram
 
     def longest(kind: str) -> int:
         over = lambda n: sum(need(weights, one, shape._replace(n_ctx=n, type_k=kind)).values()) - free  # noqa: E731
