@@ -452,7 +452,10 @@ class Run:
 
     n_threads   how many threads execute; physical cores by default
     cancel      (1,) int64, set it to 1 from any thread: `sync` and `replay` raise Cancelled at the next tile
+    profile_is_slower   than replay
     """
+
+    profile_is_slower = False
 
     def __init__(self, n_threads: int | None = None):
         self.n_threads = min(n_threads or physical_cores(), _Pool.MAX_THREADS)

@@ -107,25 +107,15 @@ def _prefill(engine: Engine, depth: int, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def _time(engine: Engine, tokens: np.ndarray) -> Timing:
-    """One step, with the run's replay() replaced by its profile(); on a card, which is faster unprofiled, by both."""
-    run, on_card = engine._run, engine.backend != "cpu"
+    """One step, with the run's replay() replaced by one that is profiled."""
+    run = engine._run
     found: list[tuple[str, float]] = []
     evaluating = 0.0
 
     def replay(tape: Any, tell: None) -> None:
         nonlocal evaluating
-        if on_card:
-            start = time.perf_counter()
-            type(run).replay(run, tape)
-            seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            profile = run.profile(tape)  # once more: it writes what is there
-            evaluating += time.perf_counter() - start
-            scale = seconds / sum(t for _, t in profile)
-            found.extend((name, t * scale) for name, t in profile)
-            return
         start = time.perf_counter()
-        profile = run.profile(tape)
+        profile = _profiled(run, tape)
         found.extend(profile)
         evaluating += time.perf_counter() - start - sum(t for _, t in profile)
 
@@ -139,6 +129,18 @@ def _time(engine: Engine, tokens: np.ndarray) -> Timing:
     parts = by_part(found)
     parts["rest"] += seconds - sum(parts.values())
     return seconds, parts
+
+
+def _profiled(run: Any, tape: Any) -> list[tuple[str, float]]:
+    """Execute a tape; (kernel, seconds), in all those of a replay."""
+    if not run.profile_is_slower:
+        return list(run.profile(tape))
+    start = time.perf_counter()
+    type(run).replay(run, tape)
+    seconds = time.perf_counter() - start
+    profile = run.profile(tape)  # once more: it writes what is there
+    scale = seconds / sum(t for _, t in profile)
+    return [(name, t * scale) for name, t in profile]
 
 
 def _parts(timings: list[Timing], n_tok: int) -> dict[str, dict[str, Any]]:

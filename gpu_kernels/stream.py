@@ -160,6 +160,8 @@ class Queue:
 class Run(Queue):
     """Executes on one CUDA stream of the current device; a new stream by default. GpuError if there is no device."""
 
+    profile_is_slower = True  # than replay: an event at each job, and no graph
+
     def __init__(self, n_threads: int | None = None, stream: Any = None):
         super().__init__(device.limits(), n_threads)
         import cupy
