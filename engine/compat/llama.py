@@ -16,13 +16,13 @@ import numpy as np
 
 from ..chat import BUILTIN, ChatTemplate
 from ..engine import Engine
-from ..errors import EngineError
+from ..errors import BackendError, EngineError
 from ..prefixes import common
 from ..sampler import Sampler
 from ..stream import Stream
 from . import chat, completion
 from .grammar import grammar_of
-from .options import LLAMA_DEFAULT_SEED, LlamaError, check, check_rope, type_k_of
+from .options import LLAMA_DEFAULT_SEED, LlamaError, backend_of, check, check_rope, type_k_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LlamaState:
 class Llama:
     """llama-cpp-python's Llama. The arguments not listed are in options.py.
 
+    n_gpu_layers 0: the CPU; -1 or any other number: all layers on a card, LlamaError if there is none or they don't fit
     n_ctx        0: the model's own
     n_ubatch     tokens of a prompt that are computed together; n_batch only has a name
     seed         of the seeds of the calls that give none; LLAMA_DEFAULT_SEED or a negative one: others each time
@@ -56,6 +57,7 @@ class Llama:
         self,
         model_path: str,
         *,
+        n_gpu_layers: int | None = 0,
         n_ctx: int = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
@@ -78,6 +80,7 @@ class Llama:
                 type_k=type_k_of(type_k, type_v),
                 n_threads=n_threads,
                 n_ubatch=n_ubatch,
+                backend=backend_of(n_gpu_layers),
                 progress=_announce(verbose),
             )
             hp = self.engine.hparams
@@ -337,6 +340,8 @@ def as_llama_error() -> Iterator[None]:
         yield
     except LlamaError:
         raise
+    except BackendError as error:
+        raise LlamaError(f"{error} (n_gpu_layers=0)") from error
     except EngineError as error:
         raise LlamaError(str(error)) from error
 

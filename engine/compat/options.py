@@ -22,7 +22,6 @@ TYPES_K = {None: "f16", GGML_TYPE_F16: "f16", GGML_TYPE_Q8_0: "q8", GGML_TYPE_BF
 
 # How it runs, not what it says. The values are those that ask for nothing, () means any; others get a warning.
 WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
-    "n_gpu_layers": (0, None),
     "split_mode": (),
     "main_gpu": (0, None),
     "tensor_split": (None,),
@@ -91,6 +90,13 @@ def check_rope(given: Mapping[str, Any], hp: HParams) -> None:
         value = given.get(name)
         if value is not None and value not in defaults and not math.isclose(value, of_file, rel_tol=1e-6):
             raise LlamaError(f"{name}={value!r}, but the file's is {of_file:g}, and no other can be had; leave it at 0")
+
+
+def backend_of(n_gpu_layers: int | None) -> str:
+    """'cpu' of 0 or None; 'gpu' of -1 or any number of layers: a card gets all of them."""
+    if n_gpu_layers is not None and (not isinstance(n_gpu_layers, int) or isinstance(n_gpu_layers, bool)):
+        raise LlamaError(f"n_gpu_layers is {n_gpu_layers!r}; expected 0 for the CPU, or -1 for a card")
+    return "gpu" if n_gpu_layers else "cpu"
 
 
 def type_k_of(type_k: Any, type_v: Any = None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import EngineError
+from engine import BackendError, EngineError, backend
 from engine.compat import GGML_TYPE_BF16, GGML_TYPE_F16, GGML_TYPE_Q8_0, Llama
 from engine.engine import default_model
 
@@ -48,7 +48,6 @@ def test_n_ctx_0_is_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"n_gpu_layers": -1}, "n_gpu_layers=-1 has no effect in konly"),
         ({"use_mlock": True}, "use_mlock=True has no effect"),
         ({"a_new_one": 1}, "the argument a_new_one is not known to konly"),
     ],
@@ -72,6 +71,7 @@ def test_what_cannot_change_results_is_taken_with_a_warning(arguments: dict[str,
         ({"rope_scaling_type": 2}, "rope_scaling_type"),
         ({"chat_format": "llama-2"}, "chat_format 'llama-2' is not known"),
         ({"n_ctx": -1}, "n_ctx"),
+        ({"n_gpu_layers": "all"}, "n_gpu_layers is 'all'; expected 0 for the CPU, or -1 for a card"),
         ({"n_threads": 0.5}, "n_threads"),
     ],
 )
@@ -79,6 +79,23 @@ def test_what_would_change_results_is_refused(arguments: dict[str, Any], match: 
     with pytest.raises(ValueError, match=match) as caught:
         opened(**arguments)
     assert isinstance(caught.value, EngineError)
+
+
+@pytest.mark.parametrize("n_gpu_layers", [-1, 20])
+def test_layers_on_a_card_are_all_there_or_refused_in_a_sentence(
+    n_gpu_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_card() -> None:
+        raise BackendError("backend 'gpu' asked for, but there is none; or use --backend cpu")
+
+    monkeypatch.setattr(backend, "gpu", no_card)
+    with pytest.raises(ValueError, match=r"^backend 'gpu' asked for, .* --backend cpu \(n_gpu_layers=0\)$"):
+        opened(n_gpu_layers=n_gpu_layers)
+
+
+@pytest.mark.parametrize("n_gpu_layers", [0, None])
+def test_without_layers_on_a_card_it_is_the_cpu(n_gpu_layers: int | None) -> None:
+    assert opened(n_gpu_layers=n_gpu_layers).engine.backend == "cpu"
 
 
 def test_a_missing_file_is_a_value_error(tmp_path: Path) -> None:
