@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import EngineError, GrammarError
+from .json_schema import closed
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -55,11 +56,12 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """JSON of this schema, laid out as json.dumps does: where blanks are free, a model may go on with them forever.
 
+        Objects have no properties but those that they name, unless "additionalProperties" is given: json_schema.py.
         "x-guidance": {"whitespace_flexible": true} in the schema frees them, "coerce_one_of" takes oneOf for anyOf.
         """
         try:
             value = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(value if not isinstance(value, Mapping) else dict(value), ensure_ascii=False)
+            text = json.dumps(closed(dict(value) if isinstance(value, Mapping) else value), ensure_ascii=False)
             huge = [n for n in _multiples(value) if n > MAX_MULTIPLE_OF]
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the JSON schema is not JSON: {error}") from None

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ..grammar import Grammar
 from . import completion
-from .grammar import grammar_of_schema
 from .options import LlamaError
 
 if TYPE_CHECKING:
@@ -102,18 +102,18 @@ def _n_logprobs(options: ChatOptions) -> int | None:
 
 def _grammar(options: ChatOptions, tool: Mapping[str, Any] | None) -> Any:
     if tool is not None:
-        return grammar_of_schema(tool["function"].get("parameters") or {"type": "object"})
+        return Grammar.json_schema(tool["function"].get("parameters") or {"type": "object"})
     wanted = options.response_format
     if wanted is None:
         return options.grammar
     kind = wanted.get("type") if isinstance(wanted, Mapping) else wanted
     if kind == "json_object":
-        return grammar_of_schema(wanted.get("schema") or {"type": "object"})
+        return Grammar.json_schema(wanted.get("schema") or {"type": "object"})
     if kind == "json_schema":
         inner = wanted.get("json_schema")
         if not isinstance(inner, Mapping) or "schema" not in inner:
             raise LlamaError("response_format: 'json_schema' has no 'schema'")
-        return grammar_of_schema(inner["schema"])
+        return Grammar.json_schema(inner["schema"])
     if kind != "text":
         raise LlamaError(f"response_format is of type {kind!r}; expected 'text', 'json_object' or 'json_schema'")
     return options.grammar

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError
+from ..errors import EngineError, GrammarError
 from ..grammar import Grammar
 from .options import LlamaError
 
@@ -52,7 +50,10 @@ class LlamaGrammar:
     @classmethod
     def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:
         """Of a JSON schema, as text."""
-        return cls(grammar_of_schema(json_schema), json_schema)
+        try:
+            return cls(Grammar.json_schema(json_schema), json_schema)
+        except GrammarError as error:
+            raise LlamaError(str(error)) from None
 
 
 def grammar_of(given: Any) -> Grammar | None:
@@ -64,38 +65,3 @@ def grammar_of(given: Any) -> Grammar | None:
     if isinstance(given, str):
         return LlamaGrammar.from_string(given).grammar
     raise LlamaError(f"grammar is of type {type(given).__name__}; expected a LlamaGrammar, a Grammar, or GBNF as text")
-
-
-def grammar_of_schema(schema: Mapping[str, Any] | str) -> Grammar:
-    """Of a JSON schema as llama.cpp reads it: objects have no other properties than those that they name.
-
-    JSON Schema allows any others where `additionalProperties` is not given, and small models invent them without end.
-    """
-    try:
-        value = json.loads(schema) if isinstance(schema, str) else schema
-        parted = '"allOf"' in json.dumps(value)  # then an object may be put together from parts that must stay open
-        return Grammar.json_schema(value if parted else _closed(value))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LlamaError(f"the JSON schema is not JSON: {error}") from None
-
-
-_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref")  # say it, or add to it
-_SCHEMAS = ("items", "additionalProperties", "contains", "then", "else")
-_LISTS = ("anyOf", "oneOf", "prefixItems")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-
-
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    closed = dict(schema)
-    for name, value in schema.items():
-        if name in _SCHEMAS:
-            closed[name] = _closed(value)
-        elif name in _LISTS and isinstance(value, list):
-            closed[name] = [_closed(each) for each in value]
-        elif name in _MAPS and isinstance(value, Mapping):
-            closed[name] = {key: _closed(each) for key, each in value.items()}
-    if isinstance(schema.get("properties"), Mapping) and not any(name in schema for name in _OPEN):
-        closed["additionalProperties"] = False
-    return closed

@@ -152,6 +152,43 @@ def test_a_schema_may_refer_to_itself(model: Engine) -> None:
     jsonschema.validate(json.loads(write(model, Grammar.json_schema(schema), seed=3)), schema)
 
 
+PARTS = [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "fits"),
+    [
+        ('{"a": 1}', PARTS[0], True),
+        ('{"a": 1, "b": 2}', PARTS[0], False),
+        ('{"a": 1, "b": 2}', PARTS[0] | {"additionalProperties": True}, True),
+        ('{"b": 2}', {"type": "object"}, True),  # it names none
+        ('[{"a": 1, "b": 2}]', {"items": PARTS[0]}, False),
+        ('{"x": {"b": 2}}', {"properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": PARTS[0]}}, False),
+        ('{"x": {"b": 2}}', {"properties": {"x": {"allOf": [{"$ref": "#/$defs/x"}]}}, "$defs": {"x": PARTS[0]}}, False),
+        ('{"b": 2}', {"anyOf": PARTS}, True),
+        ('{"c": 2}', {"anyOf": PARTS}, False),
+        ('{"a": 1, "b": 2}', {"allOf": PARTS}, True),  # put together of parts
+        ('{"a": 1, "b": 2}', PARTS[0] | {"anyOf": [PARTS[1], {"required": ["c"]}]}, True),
+        ('{"allOf": 1, "b": 2}', {"properties": {"allOf": {"type": "integer"}}}, False),  # a name, no keyword
+    ],
+)
+def test_objects_have_no_properties_but_those_that_are_named(
+    model: Engine, text: str, schema: dict[str, Any], fits: bool
+) -> None:
+    constraint = Grammar.json_schema(schema).constraint(model.tokenizer)
+
+    def follow() -> None:
+        for token in model.tokenizer.encode(text, add_special=False, parse_special=False):
+            constraint.accept(token)
+
+    if fits:
+        follow()
+        assert constraint.may_end
+    else:
+        with pytest.raises(GrammarError):
+            follow()
+
+
 # ------------------------------------------------------------------------------------------- regex, Lark, special
 
 
@@ -319,8 +356,8 @@ def test_a_grammar_that_is_no_good_is_refused_with_the_reason(model: Engine, gra
 
 def test_chains_of_rules_do_not_overrun_the_stack(model: Engine) -> None:
     """On the usual stack of 8 MiB the process ends at 1,000 definitions or 3,000 rules."""
-    definitions = {f"r{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(1500)}
-    Grammar.json_schema({"$defs": definitions | {"r1500": {}}, "$ref": "#/$defs/r0"}).constraint(model.tokenizer)
+    definitions = {f"r{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(1200)}
+    Grammar.json_schema({"$defs": definitions | {"r1200": {}}, "$ref": "#/$defs/r0"}).constraint(model.tokenizer)
     rules = "".join(f"r{i}: r{i + 1}\n" for i in range(9000))
     Grammar.lark(f'start: r0\n{rules}r9000: "a"\n').constraint(model.tokenizer)
 

@@ -218,7 +218,7 @@ def test_a_gbnf_grammar_is_kept_to(llama: Llama, as_text: bool) -> None:
     assert text_of(found)[:3] in ("yes", "no ")
 
 
-def test_a_json_schema_closes_objects_as_llama_cpp_does(llama: Llama) -> None:
+def test_a_json_schema_is_kept_to(llama: Llama) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
     found = greedy(llama, grammar=LlamaGrammar.from_json_schema(json.dumps(schema)), max_tokens=60)
     assert list(json.loads(text_of(found))) == ["a"]
