@@ -28,19 +28,22 @@ so two processes may compile at once; a folder that cannot be written costs a co
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import os
+import signal
 import struct
 import sys
 import tempfile
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -180,9 +183,27 @@ def _dispatcher(body: Callable[..., None]) -> Any:
 
 def _compile(body: Callable[..., None]) -> tuple[str, bytes]:
     """(symbol, object file) of a body."""
-    compiled = next(iter(_dispatcher(body).overloads.values()))
-    _, _, (code, _) = compiled.library.serialize_using_object_code()
-    return compiled.fndesc.llvm_func_name, code
+    with _whole():
+        compiled = next(iter(_dispatcher(body).overloads.values()))
+        _, _, (code, _) = compiled.library.serialize_using_object_code()
+        return compiled.fndesc.llvm_func_name, code
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: in a callback of LLVM's it would be printed and lost."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class CompileProgress:
         if not self._started and done < total:
             self._start(total)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=name)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=name.partition("-")[0])
         if self._started and done >= total:
             seconds = time.perf_counter() - self._started
             self._stop()
@@ -179,7 +179,9 @@ def _bar(what: str, total: int) -> Progress:
 
     told = TextColumn("{task.fields[note]}", markup=False)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), told)
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    console.width -= 4  # room for ^C, which would else go to a line of its own, and the bar would be left behind
+    bar = Progress(*columns, console=console, transient=True)
     bar.add_task("", total=total, note="")
     bar.start()
     return bar

@@ -1,13 +1,17 @@
-"""The disk cache of compiled kernels: hits, damage, folders that cannot be written."""
+"""The disk cache of compiled kernels: hits, damage, folders that cannot be written. And Ctrl-C while one is compiled."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from cpu_kernels import _jit
+from cpu_kernels.threads import work
 
 CODE = """
 import sys
@@ -72,3 +76,20 @@ os.environ.pop("XDG_CACHE_HOME", None)
 pathlib.Path.home = lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
 """
     assert run("", nameless + CODE, warning="Could not determine home directory") == (4, True)
+
+
+def test_ctrl_c_comes_when_a_kernel_is_compiled_and_not_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM calls back while it compiles; an exception there would be printed and lost."""
+    done = []
+
+    def dispatcher(body: object, make: object = _jit._dispatcher) -> object:
+        signal.raise_signal(signal.SIGINT)
+        found = make(body)
+        done.append(body)
+        return found
+
+    monkeypatch.setattr(_jit, "_dispatcher", dispatcher)
+    with pytest.raises(KeyboardInterrupt):
+        work().compile()
+    assert len(done) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
