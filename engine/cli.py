@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 import warnings
 from typing import Any
@@ -31,6 +32,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if sys.stdout is None:
             raise click.ClickException("standard output is closed")
+        if sys.stderr is None:  # 2>&-
+            sys.stderr = open(os.devnull, "w")
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a console that lacks a character is no reason to stop
@@ -52,7 +55,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="konly", message="%(prog)s %(version)s")
 def main() -> None:
-    """Run MLA language models (DeepSeek-V2/V3 and kin, as GGUF files) on the CPU, from the K-cache alone."""
+    """Run MLA language models (DeepSeek-V2/V3 and kin, as GGUF files) from the K-cache alone, on the CPU or a GPU."""
 
 
 for command in (run, chat, inspect, plan, verify, tokenize, perplexity, bench):

@@ -144,3 +144,10 @@ def test_a_cpu_without_f16c_is_refused_in_a_sentence(features: dict[str, str]) -
     assert done.returncode == 1
     assert done.stderr.startswith("Error: the CPU (generic) has no F16C instructions")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of a POSIX shell")
+def test_a_closed_standard_error_does_not_matter() -> None:
+    program = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "run", "-p", "Once", "-n", "3", "--temp", "0"]
+    done = subprocess.run(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"Once upon a time\n")
