@@ -1,4 +1,4 @@
-"""The disk cache of compiled kernels: hits, damage, folders that cannot be written. And Ctrl-C while one is compiled."""
+"""The disk cache of compiled kernels: hits, damage, folders that cannot be written. Ctrl-C while one is compiled."""
 
 from __future__ import annotations
 
