@@ -153,7 +153,8 @@ def prompt_of(options: dict[str, Any]) -> str:
     if text is None and sys.stdin is not None and not sys.stdin.isatty():
         text = _stdin()
     if not text:
-        raise click.UsageError('no prompt; give one by -p "TEXT", -f FILE or on standard input')
+        what = "no prompt" if text is None else "the prompt is empty"
+        raise click.UsageError(f'{what}; give one by -p "TEXT", -f FILE or on standard input')
     return text
 
 

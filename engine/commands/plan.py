@@ -30,13 +30,13 @@ NAMES = {
 
 
 class Size(click.ParamType):
-    """8GiB, 8G and 8192MiB alike (1024 each), 8GB (1000 each), or bytes."""
+    """8GiB, 8G and 8192MiB alike (1024 each), 8GB (1000 each), or bytes; a lone 8 is no size, but somebody's GiB."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?b?)", str(value).strip().lower())
-        if match is None:
+        if match is None or re.fullmatch(r"[0-9]{1,3}(\.[0-9]+)?", str(value).strip()) and float(value):
             self.fail(f"{value!r}, expected a size like 8GiB", param, ctx)
         number, unit, rest = match.groups()
         each = UNITS[unit] if rest == "b" else 1024 ** "kmgt".find(unit) * 1024 if unit else 1

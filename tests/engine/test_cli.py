@@ -178,7 +178,7 @@ def test_prompt_comes_from_a_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "-p", ""), "no prompt; give one by"),
+        (("run", "-p", ""), "the prompt is empty; give one by"),
         (("run", "-p", "x", "-f", "y"), "two prompts"),
         (("run", "a.gguf", "-m", "b.gguf", "-p", "x"), "two models"),
         (("run", "-f", "/nowhere/prompt.txt"), "prompt.txt: cannot be read"),

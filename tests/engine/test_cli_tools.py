@@ -122,13 +122,13 @@ def test_plan_estimates_times() -> None:
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [("8GiB", 8 << 30), ("8G", 8 << 30), ("1.5g", 3 << 29), ("8GB", 8 * 10**9), ("512 MiB", 512 << 20), ("1000", 1000),
-     ("3kb", 3000), ("2TiB", 2 << 40), ("12b", 12)],
+     ("0", 0), ("3kb", 3000), ("2TiB", 2 << 40), ("12b", 12)],
 )  # fmt: skip
 def test_sizes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
     assert Size().convert(text, None, None) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "many", "8XB", "-1G", "GiB"])
+@pytest.mark.parametrize("text", ["", "many", "8XB", "-1G", "GiB", "8", "1.5"])
 def test_other_sizes_are_refused(text: str) -> None:
     done = konly("plan", "--ram", text)
     assert (done.exit_code, "expected a size like 8GiB" in done.stderr) == (2, True)
