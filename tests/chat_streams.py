@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizer_files import bpe_file, trained_bpe
 
+from engine.errors import SessionError
 from engine.generation import Response, Stats
 from engine.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
 
@@ -93,7 +94,10 @@ class FakeStream:
         self.tokens = []
 
     def save(self, path: Any, extra: dict[str, Any] | None = None) -> None:
-        Path(path).write_text("a session")
+        try:
+            Path(path).write_text("a session")
+        except OSError as error:
+            raise SessionError(f"{path}: cannot be written") from error
         self.saved = extra or {}
 
     def load(self, path: Any) -> dict[str, Any]:

@@ -100,8 +100,23 @@ class Repl:
         try:
             self._run()
         finally:
+            kept = self._keep()
+        if not kept:
+            self._session = None
+            self.run()
+
+    def _keep(self) -> bool:
+        """Save the session. False: that failed, but somebody is there who may have another place for it."""
+        try:
             if self._session and self.conversation.messages:
                 self.conversation.save(self._session)
+        except EngineError as error:
+            if not self._interactive:
+                raise
+            note(f"Error: {printable(str(error))}")
+            note("(/save FILE keeps the conversation elsewhere, /exit leaves without it)")
+            return False
+        return True
 
     def _run(self) -> None:
         warned = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ def chat(
     from ..chat.repl_input import pipe, terminal
 
     sampling = sampling_of(options)
+    if session and not os.access(folder := Path(session).absolute().parent, os.W_OK):
+        raise EngineError(f"{session}: could not be kept: {folder} is missing, or no folder that you may write to")
     interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     with open_engine(options) as opened:
         conversation = Conversation(

@@ -57,6 +57,12 @@ def test_a_conversation_goes_on_in_another_process(answers: list[str], tmp_path:
     assert f" {held[1]} were there, " in prompt
 
 
+def test_a_session_that_could_not_be_kept_is_refused_before_a_word_is_said(tmp_path: Path) -> None:
+    done = konly(*QUICK, "--session", str(tmp_path / "nowhere" / "talk"), stdin="Once upon a time\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{tmp_path / 'nowhere'} is missing, or no folder that you may write to" in done.stderr
+
+
 def test_a_model_without_a_template_needs_one(tmp_path: Path) -> None:
     path = write_model(tmp_path / "base.gguf", q_lora_rank=64)
     done = konly(str(path), stdin="x\n")

@@ -155,6 +155,19 @@ def test_commands_change_the_conversation(bpe: Tokenizer, capsys: pytest.Capture
     assert told[-1].startswith("K-cache       0 of 4,096 tokens")
 
 
+def test_a_session_that_cannot_be_kept_is_not_lost(
+    bpe: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, other = tmp_path / "nowhere" / "talk", tmp_path / "other"
+    lines = ["a", EOFError(), f"/save {other}"]
+    chat(bpe, lines, ["x"], session=str(lost))
+    assert other.read_text() == "a session"
+    told = capsys.readouterr().err
+    assert told.count("Error: ") == 1 and "/save FILE keeps the conversation elsewhere" in told
+    with pytest.raises(EngineError):
+        chat(bpe, ["a"], ["x"], session=str(lost), interactive=False)
+
+
 def test_a_session_is_kept_at_the_end_even_after_an_error(bpe: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "talk"
     with pytest.raises(EngineError):
