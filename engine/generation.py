@@ -25,7 +25,7 @@ from .errors import Cancelled, EngineError
 from .layers.mla import MAX_DECODE_TOKENS
 from .prefixes import End
 from .request import Request, prompt_ids
-from .sampler import Sampler, TokenLogprobs, token_logprobs
+from .sampling import Sampler, TokenLogprobs, token_logprobs
 from .stopping import StopStrings
 
 if TYPE_CHECKING:

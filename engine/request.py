@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from .errors import EngineError
-from .sampler import LogitsProcessor
-from .sampling import Sampling
+from .sampling import LogitsProcessor, Sampling
 
 if TYPE_CHECKING:
     from .grammar import Grammar

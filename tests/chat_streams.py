@@ -11,7 +11,7 @@ from tokenizer_files import bpe_file, trained_bpe
 
 from engine.errors import SessionError
 from engine.generation import Response, Stats
-from engine.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
+from engine.tokenizer.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
 
 NAMES = (  # of control tokens, of all the models whose templates are in tests/data/chat_templates
     *("<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>"),

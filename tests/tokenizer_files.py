@@ -14,8 +14,8 @@ from pathlib import Path
 
 from gguf_bytes import ARRAY, F32, I32, STRING, Value, array, gguf_bytes, key, raw_key
 
-from engine.bpe import BYTE_ALPHABET
 from engine.gguf_file import GGUFFile, read
+from engine.tokenizer.bpe import BYTE_ALPHABET
 
 TEXTS = [
     "Hello World! HelloWorld HTTPServer camelCase I'm don't WE'LL they'Ve x's",

@@ -21,7 +21,7 @@ from .messages import checked_messages
 from .template import ChatTemplate
 
 if TYPE_CHECKING:
-    from ..sampler import Sampling
+    from ..sampling import Sampling
     from ..stream import Stream
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -1,6 +1,6 @@
 """Options for how the next token is chosen and when the text ends: what `run` and `chat` share. Names are llama.cpp's.
 
-Their defaults are those of engine/sampling.py, repeated here because `--help` must not wait for NumPy; a test compares.
+Their defaults are those of engine/sampling/, repeated here because `--help` must not wait for NumPy; a test compares.
 """
 
 from __future__ import annotations

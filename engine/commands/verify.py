@@ -1,4 +1,4 @@
-"""`konly verify`: whether a file is good, and whether the kernels are. The figures come from engine/verify.py."""
+"""`konly verify`: whether a file is good, and whether the kernels are. The figures come from engine/verify/."""
 
 from __future__ import annotations
 

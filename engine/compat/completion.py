@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..grammar import Grammar
-from ..logprobs import TokenLogprobs, token_logprobs
-from ..sampling import Sampling
+from ..sampling import Sampling, TokenLogprobs, token_logprobs
 from ..stream import Stream
 from .grammar import grammar_of
 from .options import LLAMA_DEFAULT_SEED, LlamaError

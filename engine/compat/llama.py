@@ -18,7 +18,7 @@ from ..chat import BUILTIN, ChatTemplate
 from ..engine import Engine
 from ..errors import BackendError, EngineError
 from ..prefixes import common
-from ..sampler import Sampler
+from ..sampling import Sampler
 from ..stream import Stream
 from . import chat, completion
 from .grammar import grammar_of

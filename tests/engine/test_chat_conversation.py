@@ -12,7 +12,7 @@ from engine import Engine, Sampling
 from engine.chat import BUILTIN, ChatTemplate
 from engine.chat.conversation import Conversation, Piece, ThinkSplitter
 from engine.errors import ContextFullError, SessionError
-from engine.tokenizer import CONTROL, USER_DEFINED, Tokenizer
+from engine.tokenizer.tokenizer import CONTROL, USER_DEFINED, Tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "chat_templates"
 CHATML = (FOLDER / "MiniCPM3-4B.jinja").read_text(encoding="utf-8")

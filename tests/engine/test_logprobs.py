@@ -9,7 +9,7 @@ import pytest
 from compare import assert_close
 
 from engine.errors import EngineError
-from engine.logprobs import token_logprobs
+from engine.sampling import token_logprobs
 
 
 @pytest.mark.parametrize("n_vocab", [1, 5, 37, 5000])

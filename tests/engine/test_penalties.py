@@ -9,8 +9,8 @@ from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.penalties import Breakers, breakers_of, dry, penalise
 from engine.sampling import Sampling
+from engine.sampling.penalties import Breakers, breakers_of, dry, penalise
 
 histories = st.lists(st.integers(0, 5), max_size=40)
 

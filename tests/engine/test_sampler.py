@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
-from engine.sampler import Sampler, Sampling
+from engine.sampling import Sampler, Sampling
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 

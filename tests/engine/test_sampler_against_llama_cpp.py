@@ -17,8 +17,8 @@ from compare import assert_close
 from llama_cpp_peer import LlamaCpp
 
 from engine import Engine, Sampling
-from engine.penalties import breakers_of
-from engine.sampler import Sampler
+from engine.sampling import Sampler
+from engine.sampling.penalties import breakers_of
 from engine.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("llama_cpp")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizer_files import TEXTS, spm_file, spm_vocab
 
 from engine.errors import EngineError, ModelFormatError
-from engine.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
+from engine.tokenizer.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_files import TEXTS, bpe_file, random_texts, trained_bpe
 
-import engine.tokenizer
-from engine.bpe import BYTE_ALPHABET
+import engine
 from engine.errors import EngineError, ModelFormatError, UnsupportedModelError
 from engine.gguf_file import read
-from engine.pretokenizers import PRETOKENIZERS
-from engine.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
+from engine.tokenizer.bpe import BYTE_ALPHABET
+from engine.tokenizer.pretokenizers import PRETOKENIZERS
+from engine.tokenizer.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
 
 PIECES = {  # pre-tokenizer: texts, cut as it must cut them
     "deepseek-llm": [
@@ -92,7 +92,7 @@ def test_every_kind_of_pretokenizer_is_cut_by_hand() -> None:
 def test_the_cased_letters_are_those_of_the_model() -> None:
     from tokenizers import Regex, pre_tokenizers
 
-    from engine.pretokenizers import CASED
+    from engine.tokenizer.pretokenizers import CASED
 
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     split = pre_tokenizers.Split(Regex(f"[{CASED}]+"), "removed", invert=True)
@@ -114,7 +114,7 @@ def test_a_long_run_of_spaces_takes_linear_time(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-DEFAULT_MODEL = next((Path(engine.tokenizer.__file__).parent / "data").glob("*.gguf"))
+DEFAULT_MODEL = next((Path(engine.__file__).parent / "data").glob("*.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from llama_cpp_peer import require_xllamacpp
 from llama_cpp_vocab import LlamaCppVocab
 from tokenizer_files import TEXTS, bpe_file, random_texts, spm_file, spm_vocab, trained_bpe
 
-from engine.bpe import BYTE_ALPHABET
 from engine.gguf_file import GGUFFile
-from engine.pretokenizers import PRETOKENIZERS
-from engine.tokenizer import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
+from engine.tokenizer.bpe import BYTE_ALPHABET
+from engine.tokenizer.pretokenizers import PRETOKENIZERS
+from engine.tokenizer.tokenizer import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
 
 
 @pytest.fixture(autouse=True)

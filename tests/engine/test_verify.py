@@ -14,10 +14,13 @@ from damage import poke
 from synthetic import QUANTS, write_model
 
 import cpu_kernels
-from engine import Engine, EngineError, verify_file, verify_ops
+from engine import Engine, EngineError
 from engine.gguf_file import read
 from engine.stream import Stream
-from engine.verify import MODES, verify, watch
+from engine.verify import ops as ops_of_verify
+from engine.verify import verify
+from engine.verify.verdict import MODES, watch
+from engine.verify.weights import bad_weights
 
 TOKENS = np.random.default_rng(7).integers(2, 258, 9)
 
@@ -76,7 +79,7 @@ def test_each_op_is_compared_over_its_own_inputs(toy: Path) -> None:
     layers = range(-1, engine.hparams.n_layer)
     seen = [op for mode in MODES for op in watch(engine.model, "q8", TOKENS, mode, layers)[0].seen.values()]
     ops = [op for layer in seen for op in layer]
-    assert {name.split()[0] for name, _, _ in ops} == set(verify_ops.CHECKS)
+    assert {name.split()[0] for name, _, _ in ops} == set(ops_of_verify.CHECKS)
     assert all(found <= tolerance / 3 for _, found, tolerance in ops)
 
 
@@ -120,7 +123,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def what(path: Path) -> dict[str, str]:
-    return {bad["tensor"]: bad["what"] for bad in verify_file.bad_weights(read(path).tensors.values())}
+    return {bad["tensor"]: bad["what"] for bad in bad_weights(read(path).tensors.values())}
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 
-from .errors import EngineError
+from ..errors import EngineError
 
 SPACE = "\u2581"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import EngineError
+from ..errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sampling import Sampling
+from .settings import Sampling
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from ..tokenizer import Tokenizer
 
 MAX_BREAKER_BYTES = 40  # of each, the rest is not looked at
 MAX_BREAKER_TAIL = 20  # tokens that complete a breaker after the one that begins it

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import EngineError, ModelFormatError, UnsupportedModelError
 from .bpe import BPE
-from .errors import EngineError, ModelFormatError, UnsupportedModelError
 from .pretokenizers import PRETOKENIZERS, Pretokenizer
 from .spm import SPM
 
 if TYPE_CHECKING:
-    from .gguf_file import GGUFFile
+    from ..gguf_file import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .tensor import QuantTensor
+from ..tensor import QuantTensor
 
 MAX_WEIGHT = 1e4
 MAX_RATIO = 1000.0  # the largest blocks of trained matrices are 10 to 50 times the median one

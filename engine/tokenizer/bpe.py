@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .errors import EngineError, ModelFormatError
+from ..errors import EngineError, ModelFormatError
 from .pretokenizers import Pretokenizer
 
 

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..errors import EngineError
 from .cuts import candidates, cut_tail, greatest, in_falling_order, log_softmax, top_n_sigma, typical, xtc
-from .errors import EngineError
-from .logprobs import TokenLogprobs as TokenLogprobs
-from .logprobs import token_logprobs as token_logprobs
 from .penalties import Breakers, breakers_of, dry, penalise
-from .sampling import Sampling as Sampling
+from .settings import Sampling
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from ..tokenizer import Tokenizer
 
 History = Sequence[int] | np.ndarray
 LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray | None]

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
-from .reference import Array
-from .tensor import QuantTensor
+from .. import reference
+from ..reference import Array
+from ..tensor import QuantTensor
 
 # NMSE: sum of squared errors over sum of squares. Measured of all weight types and type_k: exact ops 1e-13, float
 # weights up to 1e-5 (bf16 products), quantised ones with int8 activations up to 2e-4; a broken kernel is far beyond.

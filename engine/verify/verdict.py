@@ -1,6 +1,6 @@
 """verify(): is this file good, and do this machine's kernels compute what they should? The answer of `konly verify`.
 
-    file      weights that are NaN, infinite, absurd or missing (verify_file.py). If there are any, that is the verdict
+    file      weights that are NaN, infinite, absurd or missing (weights.py). If there are any, that is the verdict
     layers    a prompt through the engine's kernels, op by op, twice: as a prompt (MHA mode, panels) and token by token
               (MQA mode, dots). From each hidden state that came out, engine/reference.py computes the next part, the
               attention or the feed-forward of a layer, in float64 by the long way: NMSE of what the part adds
@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
-from .describe import used_tensors
-from .engine import Engine
-from .errors import EngineError
-from .k_cache import KCache, KCacheLayout
-from .model import Model
-from .step import Buffers, Step
-from .stream import Stream
-from .verify_file import bad_weights
-from .verify_ops import EXACT, ROUNDED, Watch, Watched, nmse, tolerance_of
+from .. import reference
+from ..describe import used_tensors
+from ..engine import Engine
+from ..errors import EngineError
+from ..k_cache import KCache, KCacheLayout
+from ..model import Model
+from ..step import Buffers, Step
+from ..stream import Stream
+from .ops import EXACT, ROUNDED, Watch, Watched, nmse, tolerance_of
+from .weights import bad_weights
 
 MODES = ("prompt", "token")  # one step of all tokens in MHA mode; a step for each in MQA mode
 PARTS = ("attention", "router", "ffn")  # of a layer

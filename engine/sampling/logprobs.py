@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import EngineError
 from .cuts import greatest
-from .errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
