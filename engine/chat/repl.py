@@ -174,9 +174,11 @@ class Repl:
                 except KeyboardInterrupt:
                     if not self._interactive:
                         raise
+                    counter.stop()  # before anything is written: it takes its line away from where the cursor is
                     if isinstance(progress := self.conversation.stream.model.progress, CompileProgress):
                         progress.__exit__()  # its line would go on moving
                 except EngineError:
+                    counter.stop()
                     screen.end(failed=True)
                     raise
             screen.end()

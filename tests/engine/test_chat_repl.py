@@ -16,6 +16,7 @@ from chat_streams import FakeStream, chat_tokenizer
 from engine.chat import BUILTIN, ChatTemplate, repl_input
 from engine.chat.conversation import Conversation
 from engine.chat.repl import COMMANDS, HELP, Repl, Screen
+from engine.console import Counter
 from engine.errors import EngineError
 from engine.tokenizer import Tokenizer
 
@@ -63,6 +64,18 @@ def test_thinking_is_dim_on_a_terminal(bpe: Tokenizer, monkeypatch: pytest.Monke
     monkeypatch.delenv("NO_COLOR", raising=False)
     out, _ = chat(bpe, ["a"], ["<think>hm</think>\n\nyes"])
     assert out.replace("\x1b[0m\x1b[2m", "") == "\x1b[2mhm\x1b[0m\n\nyes\n"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), EngineError("too long")])
+def test_the_bar_of_a_prompt_is_gone_before_the_cursor_moves(
+    bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    """It is taken away from where the cursor is."""
+    out = Terminal()
+    stop = Counter.stop
+    monkeypatch.setattr(Counter, "stop", lambda self: (out.write("[gone]"), stop(self)))
+    chat(bpe, ["a"], [[end]], out=out)
+    assert out.getvalue().startswith("[gone]")
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
