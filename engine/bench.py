@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -40,9 +40,11 @@ def run(
     backend: str = "cpu",
     experts: str | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Every combination of the lists; a thread count of 0 means one per physical core.
 
+    progress   of compiling        tell   called with what is timed next, a few words
     {"model", "backend",
      "limits": {threads: {"read_gb_s", "f32_gmul_s", "bf16_gmul_s", "int8_gmul_s"}}, threads as a string
      "decode": [{"type_k", "threads", "depth", "ms_per_token", "min", "max", "parts"}],
@@ -74,9 +76,12 @@ def run(
                 limits = engine.model.ops.roofline.limits(engine.model.ops.Run(engine.n_threads))
                 measured.setdefault(str(engine.n_threads), []).append(limits)
                 case = {"type_k": kind, "threads": engine.n_threads, "depth": depth}
+                at = f"at depth {depth:,}, {kind}, threads: {engine.n_threads}"
                 if n_gen:
+                    tell(f"{n_gen:,} tokens one by one {at}")
                     result["decode"].append(case | _decode(engine, depth, rng.integers(0, n_vocab, n_gen)))
                 for n in filter(None, n_prompt):
+                    tell(f"a prompt of {n:,} tokens {at}")
                     result["prefill"].append(case | _prefill(engine, depth, rng.integers(0, n_vocab, n)))
             engine.close()
     result["limits"] = {n: _medians(found) for n, found in measured.items()}

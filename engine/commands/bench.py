@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from ..console import CompileProgress, print_tables
+from ..console import CompileProgress, note, print_tables
 from .options import DEFAULT_TYPE_K, TYPES_K, backend_options, chosen_model, json_option, model_options
 
 PARTS = ("attention", "experts", "dense", "rest")
@@ -44,8 +45,12 @@ def bench(n_prompt: str, n_gen: int, depth: str, threads: str, type_k: str, as_j
     }
     from .. import bench as benchmark
 
+    def tell(what: str) -> None:
+        if sys.stderr.isatty():  # in lines: a bar that moves would take time from what is timed
+            note(f"timing {what} …")
+
     with CompileProgress() as progress:
-        result = benchmark.run(path, progress=progress, **arguments)
+        result = benchmark.run(path, progress=progress, tell=tell, **arguments)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

@@ -59,8 +59,10 @@ def test_parts_add_up_to_the_step_and_have_their_shares(told: dict[str, Any]) ->
 def test_a_prompt_alone_and_shorter_than_the_rows_that_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "TILES", 1)
     monkeypatch.setattr(roofline, "READ_BYTES", 8 << 20)
-    told = bench.run(n_prompt=(40,), n_gen=0, threads=(1,))
+    named: list[str] = []
+    told = bench.run(n_prompt=(40,), n_gen=0, threads=(1,), tell=named.append)
     assert not told["decode"] and len(told["prefill"]) == 1
+    assert named == ["a prompt of 40 tokens at depth 0, f16, threads: 1"]
 
 
 def test_a_step_that_is_timed_is_a_step() -> None:

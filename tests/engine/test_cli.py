@@ -320,7 +320,7 @@ def test_bench_passes_lists_and_prints_a_table(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "engine.bench", types.SimpleNamespace(run=run))
     monkeypatch.setattr(engine, "bench", types.SimpleNamespace(run=run), raising=False)
     done = konly(*"bench m.gguf -p 512 -n 8 -d 0,4096 -t 1,2 --type-k f16,q8".split())
-    assert callable(given.pop("progress"))
+    assert callable(given.pop("progress")) and callable(given.pop("tell"))
     lists = {"n_prompt": [512], "depths": [0, 4096], "threads": [1, 2], "type_k": ["f16", "q8"]}
     assert given == {"path": "m.gguf", "n_gen": 8, "n_ubatch": None, "backend": "cpu", "experts": None, **lists}
     lines = [line.split() for line in done.stdout.splitlines()]
