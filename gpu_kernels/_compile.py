@@ -1,6 +1,7 @@
 """From a .cu file to code: one string of source, compiled when a kernel is first used.
 
     file.cu + its headers, put in their places + #defines   ──►   source()   ──►   CuPy's RawModule    (to run)
+                                                                             ├─►   _cubin.py           (to run, sm_90a)
                                                                              └─►   compile_only()      (to check)
 
 Headers are put into the text because CuPy's disk cache goes by the text and the options alone: with #include, a changed
@@ -20,9 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import _cubin
+
 CUDA = Path(__file__).parent / "cuda"
-OPTIONS = ("--std=c++17",)
+OPTIONS, FLUSHES = ("--std=c++17",), "-ftz=true"  # the second is put in by CuPy
+LOSS = "Potential Performance Loss"  # a warning of ptxas
 STATIC_SHARED = 48 << 10  # what a block may take without asking
+ARCHITECTURES = {"mla_decode_wgmma.cu": (90, "90a")}  # files for one alone: the card's sm, and what it is called
 BEGIN = re.compile(r"^KERNEL\([^()]*?(\w+)\)\([^{]*?\{$", flags=re.M)  # of a kernel, to the brace of its body
 
 
@@ -66,7 +71,12 @@ def _module(k: Kernel) -> Any:
     import cupy
 
     if k.unit not in _modules:
-        _modules[k.unit] = cupy.RawModule(code=source(*k.unit), options=OPTIONS)
+        text = source(*k.unit)
+        if k.file in ARCHITECTURES:
+            _, arch = ARCHITECTURES[k.file]
+            _modules[k.unit] = _cubin.Module(text, (f"-arch=sm_{arch}", FLUSHES, *OPTIONS))
+        else:
+            _modules[k.unit] = cupy.RawModule(code=text, options=OPTIONS)
     return _modules[k.unit]
 
 
@@ -93,6 +103,14 @@ def with_headers(file: str) -> str:
     return text(file)
 
 
+def arch_of(file: str, sm: int) -> str:
+    """What a file is compiled for, for a card: "90", or "90a" where it has instructions of that architecture alone."""
+    only, name = ARCHITECTURES.get(file, (sm, str(sm)))
+    if only != sm:
+        raise ValueError(f"{file} is for sm_{name} only, not for sm_{sm}")
+    return name
+
+
 def kernel_names(file: str) -> list[str]:
     """The kernels that a .cu file has."""
     return BEGIN.findall(with_headers(file))
@@ -115,7 +133,7 @@ def compile_only(file: str, defines: Iterable[tuple[str, int]], arch: int) -> di
     """Each kernel's usage for an architecture such as 90, by ptxas's report. ValueError with the log if it fails."""
     lib = nvrtc()
     program = ctypes.c_void_p()
-    text = source(file, defines).encode()
+    text, target = source(file, defines).encode(), f"-arch=sm_{arch_of(file, arch)}"
 
     def log() -> str:
         n = ctypes.c_size_t()
@@ -127,9 +145,11 @@ def compile_only(file: str, defines: Iterable[tuple[str, int]], arch: int) -> di
     if lib.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None):
         raise ValueError(f"{file}: nvrtcCreateProgram failed")
     try:
-        options = [o.encode() for o in (f"-arch=sm_{arch}", "--ptxas-options=-v", "-ftz=true", *OPTIONS, *_no_cache())]
+        options = [o.encode() for o in (target, "--ptxas-options=-v", FLUSHES, *OPTIONS, *_no_cache())]
         if lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
             raise ValueError(f"{file} for sm_{arch} with {dict(defines)}:\n{log()}")
+        if LOSS in log():  # such as wgmma one by one
+            raise ValueError(f"{file} for sm_{arch} with {dict(defines)} is slower than need be:\n{log()}")
         return _usages(log())
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))

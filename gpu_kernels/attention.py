@@ -1,6 +1,7 @@
-"""mla_decode on the GPU: cuda/mla_decode.cu, and which of its variants a launch takes.
+"""mla_decode on the GPU: cuda/mla_decode.cu and cuda/mla_decode_wgmma.cu, and which of their variants a launch takes.
 
     lanes a block   tokens a tile   tiles in flight   shared memory at 512 + 64 (f16, q8)   cards
+         64              64                2                   230,488   230,488            Hopper, by warpgroups
          64              32                2                   162,048   167,168            163 KB (f16), 227 KB
          32              64                2                   197,760   207,936            227 KB
          32              32                2                   117,888   123,008            163 KB
@@ -12,8 +13,18 @@ A lane is a pair of token and head. More lanes a block means that a tile of K is
 a block, 128 heads read each tile eight times, seven of them from the L2 cache. Blocks of 16 keep their queries in
 registers.
 
-H100, one token, 163,840 rows, with the merge of splits; the copy rate of 3.0 TB/s would allow 62.9 µs for f16 and 35.8
-for q8. Longer tiles: 32 heads f16 93 -> 83 µs, q8 118 -> 95; 16 heads q8 74 -> 68, and 16 heads f16 as with four short
+H100, one token, 163,840 rows, with the merge of splits, µs; the copy rate of 3.0 TB/s would allow 62.9 for f16 and 35.8
+for q8:
+
+    heads                    16      20      32      48      64     128      16 tokens of 128, 32,768 rows
+    f16    mma.sync        75.9    80.5    84.7   124.4   129.2     223      705    207 TFLOP/s
+           warpgroups      75.2    75.4    78.1    80.8    83.7    92.8      266    550
+    q8     mma.sync        65.0    90.1    93.8   146.1   149.3     265      833    175
+           warpgroups      79.4    77.6    78.7    81.2    84.7   126.5      340    429
+
+With 4,096 rows and 16 heads mma.sync takes 10.4 µs and warpgroups 11.6; from 17 lanes on warpgroups are never behind.
+
+mma.sync: longer tiles: 32 heads f16 93 -> 83 µs, q8 118 -> 95; 16 heads q8 74 -> 68, and 16 heads f16 as with four short
 ones. Two blocks of 16 lanes on a multiprocessor: f16 79.8 against 75.9 µs. What did not help q8, whose pace is set by
 widening: a second f16 tile, widened to while values of this one are multiplied, 16 heads 68 -> 70, 128 heads 272 ->
 258; loads of 16 bytes for fewer bank conflicts, but more address arithmetic, 68 -> 79.
@@ -32,23 +43,39 @@ from .device import Limits
 from .k_cache import TYPES_K, check_rows, row_bytes
 from .stream import wide
 
-FILE = "mla_decode.cu"
 MAX_TOKENS = 16
-THREADS = 256
 MAX_SPLITS = 512
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A shape of mla_decode.cu."""
+
     m_tiles: int  # of 16 lanes
     tokens: int  # of a tile
     stages: int  # tiles held
     q_in_registers: bool = False
 
+    file = "mla_decode.cu"
+    threads = 256
+
+    @property
+    def lanes(self) -> int:
+        """Of a block."""
+        return 16 * self.m_tiles
+
+    @property
+    def least_lanes(self) -> int:
+        """From so many of a launch on: with fewer, half of a block would do."""
+        return 1 if self.m_tiles == 1 else self.lanes // 2 + 1
+
+    def fits(self, limits: Limits, type_k: str, kv_lora_rank: int, n_rot: int) -> bool:
+        return self.shared_bytes(type_k, kv_lora_rank, n_rot) <= limits.shared_per_block
+
     def shared_bytes(self, type_k: str, kv_lora_rank: int, n_rot: int) -> int:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
-        lanes, halves = 16 * self.m_tiles, 2 if self.m_tiles == 1 else 1
+        lanes, halves = self.lanes, 2 if self.m_tiles == 1 else 1
         pitch = -(-(kv_lora_rank + n_rot) // 64) * 128
         rows = self.stages * self.tokens * pitch
         queries = lanes * pitch
@@ -70,22 +97,50 @@ class Variant:
         }
 
 
+@dataclass(frozen=True)
+class WarpgroupVariant:
+    """mla_decode_wgmma.cu, in its one shape."""
+
+    lanes: int = 64  # of a block
+    least_lanes: int = 17  # of a launch
+    tokens: int = 64
+
+    file = "mla_decode_wgmma.cu"
+    threads = 384
+
+    def fits(self, limits: Limits, type_k: str, kv_lora_rank: int, n_rot: int) -> bool:
+        """Its instructions are those of compute capability 9.0 alone; each of two warpgroups sums up 256 columns."""
+        return limits.sm == 90 and kv_lora_rank == 512 and n_rot <= 64
+
+    def shared_bytes(self, type_k: str, kv_lora_rank: int, n_rot: int) -> int:
+        piece = self.tokens * 128  # of 64 values; queries and two tiles have 9, P has one
+        return 28 * piece + 4 * 64 * 4 + 11 * 8
+
+    def defines(self, type_k: str, kv_lora_rank: int, n_rot: int) -> dict[str, int]:
+        return {
+            "KV_LORA_RANK": kv_lora_rank,
+            "N_ROT": n_rot,
+            "TYPE_K": TYPES_K.index(type_k),
+            "TOKENS": self.tokens,
+            "SHARED_BYTES": self.shared_bytes(type_k, kv_lora_rank, n_rot),
+        }
+
+
 VARIANTS = (
+    WarpgroupVariant(),
     Variant(4, 32, 2),
     Variant(2, 64, 2),
     Variant(2, 32, 2),
     Variant(1, 64, 2, q_in_registers=True),
     Variant(1, 32, 3, q_in_registers=True),
     Variant(1, 32, 2, q_in_registers=True),
-)  # of those with enough lanes, or with most, the first that fits is taken
+)  # the first that fits is taken
 
 
-def choose(limits: Limits, type_k: str, kv_lora_rank: int, n_rot: int, n_lanes: int) -> Variant:
+def choose(limits: Limits, type_k: str, kv_lora_rank: int, n_rot: int, n_lanes: int) -> Variant | WarpgroupVariant:
     """The variant for so many (token, head) pairs on a card. ValueError if none fits."""
-    enough = next((m for m in (1, 2, 4) if 16 * m >= n_lanes), 4)
     for variant in VARIANTS:
-        fits = variant.shared_bytes(type_k, kv_lora_rank, n_rot) <= limits.shared_per_block
-        if fits and variant.m_tiles <= enough:
+        if n_lanes >= variant.least_lanes and variant.fits(limits, type_k, kv_lora_rank, n_rot):
             return variant
     raise ValueError(
         f"K-cache rows of {kv_lora_rank} + {n_rot} values need more shared memory than the {limits.shared_per_block:,} "
@@ -93,20 +148,20 @@ def choose(limits: Limits, type_k: str, kv_lora_rank: int, n_rot: int, n_lanes: 
     )
 
 
-def geometry(limits: Limits, variant: Variant, n_lanes: int, n_ctx: int) -> tuple[int, int]:
+def geometry(limits: Limits, variant: Variant | WarpgroupVariant, n_lanes: int, n_ctx: int) -> tuple[int, int]:
     """The grid of mla_split: (splits, blocks of lanes).
 
     Splits fill the card once, as far as n_ctx has tiles for them; they do not depend on n_kv, which a captured launch
     reads from memory.
     """
-    blocks = -(-n_lanes // (16 * variant.m_tiles))
+    blocks = -(-n_lanes // variant.lanes)
     return max(1, min(limits.n_sm // blocks, -(-n_ctx // variant.tokens), MAX_SPLITS)), blocks
 
 
-def kernels(variant: Variant, type_k: str, kv_lora_rank: int, n_rot: int) -> tuple[Kernel, Kernel]:
+def kernels(variant: Variant | WarpgroupVariant, type_k: str, kv_lora_rank: int, n_rot: int) -> tuple[Kernel, Kernel]:
     """mla_split and mla_combine."""
     defines = variant.defines(type_k, kv_lora_rank, n_rot)
-    return kernel(FILE, "mla_split", defines), kernel(FILE, "mla_combine", defines)
+    return kernel(variant.file, "mla_split", defines), kernel(variant.file, "mla_combine", defines)
 
 
 def mla_decode(
@@ -154,11 +209,11 @@ def queue(
     part_out, part_ml = scratch, scratch[splits * n_lanes * kv_lora_rank * 4 :]
     split, combine = kernels(variant, type_k, kv_lora_rank, n_rot)
     run.launch(
-        split, (splits, blocks), THREADS, variant.shared_bytes(type_k, kv_lora_rank, n_rot),
+        split, (splits, blocks), variant.threads, variant.shared_bytes(type_k, kv_lora_rank, n_rot),
         (q, *steps("q", q, 4), rows, wide(rows.strides[0]), n_kv, n_tok, n_head, float(kq_scale * LOG2_E),
          part_out, part_ml),
     )  # fmt: skip
     run.launch(
-        combine, (n_lanes, kv_lora_rank // 128), THREADS, 4 * (16 + 8 * 128 + splits),
+        combine, (n_lanes, kv_lora_rank // 128), 256, 4 * (16 + 8 * 128 + splits),
         (part_out, part_ml, n_kv, n_tok, n_head, splits, out, *steps("out", out)),
     )  # fmt: skip

@@ -426,7 +426,7 @@ def time_decode(run: Any, rate: float, quick: bool) -> None:
                     }
                 )
                 print(
-                    f"| {type_k} | {n_head} | {n_ctx:,} | {16 * variant.m_tiles}, {variant.tokens} | {splits} "
+                    f"| {type_k} | {n_head} | {n_ctx:,} | {variant.lanes}, {variant.tokens} | {splits} "
                     f"| {t * 1e6:.1f} | {gb_s:,.0f} | {gb_s / rate:.0%} | {tflops:.0f} |", flush=True,
                 )  # fmt: skip
             del sets

@@ -1,7 +1,7 @@
 // mla_decode: attention of 1-16 query tokens over K-cache rows in MQA mode; V is the latent part of K.
 //
 // mla_split    grid (splits, lanes / (16 M_TILES)), 256 threads, SHARED_BYTES of dynamic shared memory
-// mla_combine  grid (lanes, C / 128), 256 threads, 4 (splits + 16 + 8 * 128) bytes
+// mla_combine  as mla.cuh says
 //
 // A lane is a pair (token, head). A block holds 16 M_TILES lanes and a range of tiles of TOKENS rows, each tile once in
 // shared memory for scores and values. Splits are equal shares of the longest n_kv, which is read from device memory:
@@ -17,18 +17,14 @@
 //   scores  over the warps (16 lanes x tokens; with M_TILES 1 also halves of the row); softmax by 16 / M_TILES threads a lane
 //   out     16 M_TILES x C f32 in registers, 8 warps x C / 8 columns, rescaled only if a maximum moved
 #include "prims.cuh"
+#include "mla.cuh"
 
-constexpr int C = KV_LORA_RANK, R = N_ROT;
 constexpr int CHUNKS = (C + R) / 8, PITCH = (CHUNKS + 7) / 8 * 8;  // 16-byte chunks of a row; the rest is zeros
 constexpr int THREADS = 256, LANES = 16 * M_TILES;
 constexpr int TILE = TOKENS * PITCH * 16;
 constexpr int HALVES = M_TILES == 1 ? 2 : 1;  // of a row, whose scores are added up in the softmax
 constexpr int SCORES = TOKENS + 8;            // floats a lane: float2 accesses meet no conflicts
-constexpr bool IS_Q8 = TYPE_K == 2;
 constexpr int RAW_ROW = (C + 2 * R + 4 + 15) / 16 * 16, RAW_TILE = TOKENS * RAW_ROW;
-template <int> struct Value { typedef F16 T; };
-template <> struct Value<1> { typedef BF16 T; };
-typedef Value<TYPE_K>::T T;
 
 constexpr int AT_RAW = IS_Q8 ? TILE : STAGES * TILE;
 constexpr int AT_Q = AT_RAW + (IS_Q8 ? STAGES * RAW_TILE : 0);
@@ -43,13 +39,6 @@ static_assert(C % 128 == 0 && R % 8 == 0 && STAGES >= 2, "shape");
 DEVICE int chunk_at(int row, int c) { return row * PITCH + (c ^ (row & 7)); }
 DEVICE int p_chunk_at(int row, int c) {  // 128 bytes hold two lanes of 32 tokens, or one of 64
   return row * (TOKENS / 8) + (c ^ (TOKENS == 32 ? (row >> 1) & 3 : row & 7));
-}
-
-// tiles of the longest token, per split
-DEVICE int tiles_per_split(const int* n_kv, int n_tok, int n_splits) {
-  int longest = 0;
-  for (int t = 0; t < n_tok; t++) longest = n_kv[t] > longest ? n_kv[t] : longest;
-  return ((longest + TOKENS - 1) / TOKENS + n_splits - 1) / n_splits;
 }
 
 KERNEL(THREADS, 1, mla_split)(
@@ -71,8 +60,7 @@ KERNEL(THREADS, 1, mla_split)(
   const int sl = tid / SHARE, sc = (tid % SHARE) * 2, my_lane = lane0 + sl;
   const int lim = my_lane < n_lanes ? n_kv[my_lane / n_head] : 0;
 
-  int last = 0;  // the longest of the tokens in this block
-  for (int t = lane0 / n_head; t < n_tok && t * n_head < lane0 + LANES; t++) last = n_kv[t] > last ? n_kv[t] : last;
+  const int last = longest(n_kv, lane0 / n_head, min(n_tok, (lane0 + LANES - 1) / n_head + 1));
   const int t_beg = split * per;
   int t_end = (last + TOKENS - 1) / TOKENS;
   if (t_end > t_beg + per) t_end = t_beg + per;
@@ -118,12 +106,9 @@ KERNEL(THREADS, 1, mla_split)(
         uint4 v = make_uint4(0, 0, 0, 0);
         if (c + 8 <= C / 8) {
           const uint2 b = *(const uint2*)(raw + (c + lc) * 8);
-          v = make_uint4(mul_f16x2(bytes_to_f16x2(b.x, false), scale2), mul_f16x2(bytes_to_f16x2(b.x, true), scale2),
-                         mul_f16x2(bytes_to_f16x2(b.y, false), scale2), mul_f16x2(bytes_to_f16x2(b.y, true), scale2));
+          v = widened_latent(b.x, b.y, scale2);
         } else if (c + lc < CHUNKS) {
-          const uint4 b = *(const uint4*)(raw + C + (c + lc - C / 8) * 16);
-          auto two = [](u32 x) { return pack2<F16>(__int_as_float(x << 16), __int_as_float(x & 0xffff0000u)); };
-          v = make_uint4(two(b.x), two(b.y), two(b.z), two(b.w));
+          v = widened_rope(*(const uint4*)(raw + C + (c + lc - C / 8) * 16));
         }
         dst[c] = v;
       }
@@ -304,54 +289,4 @@ KERNEL(THREADS, 1, mla_split)(
         for (int j = 0; j < OUT; j++) *(float2*)(d + j * 8) = make_float2(o[i][j][h * 2] * inv, o[i][j][h * 2 + 1] * inv);
       }
     }
-}
-
-// out = sum of splits' outputs by weight l 2^(m - max) / sum; of a lane, exactly the splits before its n_kv have l > 0
-KERNEL(256, 1, mla_combine)(
-    const float* __restrict__ part_out, const float2* __restrict__ part_ml, const int* __restrict__ n_kv, int n_tok,
-    int n_head, int n_splits, float* __restrict__ out, i64 out_tok, i64 out_head) {
-  DYN_SMEM(smem_raw);
-  float* red = (float*)smem_raw;  // 8 maxima, 8 sums, (8, 128) partial sums, n_splits weights
-  float4* sums = (float4*)(red + 16);
-  float* weight = red + 16 + 8 * 128;
-  const int l = blockIdx.x, n_lanes = n_tok * n_head, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
-  const int per = tiles_per_split(n_kv, n_tok, n_splits), lim = n_kv[l / n_head];
-  const int n = lim > 0 ? ((lim + TOKENS - 1) / TOKENS + per - 1) / per : 0;
-  float m = NEG_INF;
-  for (int s = tid; s < n; s += 256) m = fmaxf(m, part_ml[(i64)s * n_lanes + l].x);
-  for (int d = 16; d; d >>= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, d));
-  if (lane == 0) red[w] = m;
-  __syncthreads();
-  for (int i = 0; i < 8; i++) m = fmaxf(m, red[i]);
-  float sum = 0.f;
-  for (int s = tid; s < n; s += 256) {
-    const float2 e = part_ml[(i64)s * n_lanes + l];
-    const float x = e.y * ex2(e.x - m);
-    weight[s] = x;
-    sum += x;
-  }
-  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-  if (lane == 0) red[8 + w] = sum;
-  __syncthreads();
-  sum = 0.f;
-  for (int i = 0; i < 8; i++) sum += red[8 + i];
-  const float inv = sum > 0.f ? 1.f / sum : 0.f;
-  float4 a = make_float4(0.f, 0.f, 0.f, 0.f);
-  const float4* from = (const float4*)(part_out + (i64)l * C) + blockIdx.y * 32 + lane;
-#pragma unroll 4
-  for (int s = w; s < n; s += 8) {
-    const float x = weight[s];
-    const float4 v = from[(i64)s * n_lanes * (C / 4)];
-    a.x += x * v.x;
-    a.y += x * v.y;
-    a.z += x * v.z;
-    a.w += x * v.w;
-  }
-  sums[w * 32 + lane] = a;
-  __syncthreads();
-  if (tid < 128) {
-    float total = 0.f;
-    for (int i = 0; i < 8; i++) total += ((float*)sums)[i * 128 + tid];
-    out[l / n_head * out_tok + l % n_head * out_head + blockIdx.y * 128 + tid] = total * inv;
-  }
 }

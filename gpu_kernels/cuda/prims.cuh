@@ -12,7 +12,7 @@ typedef long long i64;
 
 #define KERNEL(threads, blocks_per_sm, name) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm) name
 #define DEVICE __device__ __forceinline__
-#define DYN_SMEM(name) extern __shared__ __align__(128) uint4 name[]
+#define DYN_SMEM(name) extern __shared__ __align__(1024) uint4 name[]
 // Until all that the kernel before this one has written is there; the next one may take its places from now on.
 #if __CUDA_ARCH__ >= 900
 #define AFTER_PREVIOUS asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory")

@@ -3,7 +3,8 @@
 // Every fiber runs until its next barrier, in an order chosen by `order`: 0 forward, 1 backward, above 1 shuffled, below
 // 0 one warp runs as far as its next __syncthreads() before another starts, warps shuffled. So a missing barrier shows as
 // a wrong result. Shared memory starts as NaN and is guarded at its end. cp.async copies happen as late as the waits
-// allow. ldmatrix and mma have their exact lane layouts. Not seen here: weak memory ordering, timing.
+// allow. ldmatrix and mma have their exact lane layouts. shim_wgmma.h has Hopper's instructions. Not seen here: weak memory
+// ordering, timing.
 #pragma once
 #define CPU_SHIM
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -47,17 +49,22 @@ struct F16 { enum { is_bf16 = 0 }; };
 struct BF16 { enum { is_bf16 = 1 }; };
 
 namespace shim {
-enum State { RUNNING, AT_BARRIER, IN_WARP, DONE };
+enum State { RUNNING, AT_BARRIER, IN_WARP, AT_PHASE, DONE };
 struct Copy { void* to; const void* from; bool ok; };
+struct Barrier { int count, pending; long phase; };  // in shared memory: shim_wgmma.h
+struct Store { void* to; const void* from; int nbytes; };
+struct Product { const void *a; float rows[2][16]; u64 of_a, of_b, seen; int n; bool is_bf16, add; float* c; };
 struct Warp { u64 slot[2][32][3]; int waiting = 0, alive = 32, parity = 0; long generation = 0; };
 struct Fiber {
   ucontext_t context; jmp_buf here; bool started; State state; uint3 id; int number, line; Warp* warp; long generation;
   const char* where; std::vector<std::vector<Copy>> groups; std::vector<Copy> open; std::vector<char> stack;
+  Barrier* barrier; long phase; std::vector<std::pair<Barrier*, std::vector<Copy>>> awaited;
+  std::vector<std::vector<Product>> products; std::vector<Product> issued; std::vector<Store> stores;
 };
 struct Block {
   std::vector<Fiber> fibers; std::vector<Warp> warps; jmp_buf scheduler; std::function<void()> body; Fiber* now = nullptr;
-  uint3 id, grid, threads; std::vector<uint4> shared;
-  char* memory() { return (char*)(((uintptr_t)shared.data() + 127) & ~(uintptr_t)127); }
+  uint3 id, grid, threads; std::vector<uint4> shared; std::map<uintptr_t, Barrier> barriers; int order;
+  char* memory() { return (char*)(((uintptr_t)shared.data() + 1023) & ~(uintptr_t)1023); }
 };
 inline thread_local Block* B;
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
@@ -65,9 +72,18 @@ inline thread_local std::string fault;  // of a kernel: an exception cannot leav
 inline void yield() { if (_setjmp(B->now->here) == 0) _longjmp(B->scheduler, 1); }
 inline void stop(const std::string& what) { if (fault.empty()) fault = what; B->now->state = DONE; _longjmp(B->scheduler, 1); }
 inline void entry() { B->body(); B->now->state = DONE; _longjmp(B->scheduler, 1); }
-inline void do_copies(Fiber* f, size_t group) {
-  for (auto& c : f->groups[group]) { if (c.ok) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16); }
-  f->groups[group].clear();
+inline void do_copies(std::vector<Copy>& group) {
+  for (auto& c : group) { if (c.ok) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16); }
+  group.clear();
+}
+inline void count_down(Barrier& b) { if (--b.pending == 0) { b.pending = b.count; b.phase++; } }
+// the oldest copies that an in-memory barrier counts; false if there are none
+inline bool land(Fiber& f) {
+  if (f.awaited.empty()) return false;
+  do_copies(f.awaited[0].second);
+  count_down(*f.awaited[0].first);
+  f.awaited.erase(f.awaited.begin());
+  return true;
 }
 // all threads of a warp leave a value, then each reads those of any
 inline u64 (*exchange(const u64* v, int n, const char* where))[3] {
@@ -83,6 +99,7 @@ inline void barrier(int line) { B->now->state = AT_BARRIER; B->now->where = "__s
 
 inline void step(Block& b, Fiber& f, int& ran) {
   if (f.state == IN_WARP && f.warp->generation != f.generation) f.state = RUNNING;
+  if (f.state == AT_PHASE && f.barrier->phase != f.phase) f.state = RUNNING;
   if (f.state != RUNNING) return;
   ran++;
   b.now = &f;
@@ -126,6 +143,8 @@ inline void run_block(Block& b, int order, std::mt19937& random) {
     }
     if (done == n) return;
     if (ran) continue;
+    for (auto& f : b.fibers) ran += land(f);  // later than this nothing can be
+    if (ran) continue;
     if (waiting + done < n) {
       std::string s = "deadlock:";
       for (auto& f : b.fibers) if (f.state != DONE && f.number % 32 == 0) s += " thread " + std::to_string(f.number) + " at " + f.where;
@@ -141,29 +160,32 @@ inline void run_block(Block& b, int order, std::mt19937& random) {
 
 inline void launch(uint3 grid, int n, size_t shared, int order, std::function<void()> body) {
   Block b;
-  B = &b; b.grid = grid; b.threads = {(unsigned)n, 1, 1}; b.body = body;
+  B = &b; b.grid = grid; b.threads = {(unsigned)n, 1, 1}; b.body = body; b.order = order;
   fault.clear();
   if (n % 32) fail("threads of a block must be a multiple of 32");
   b.fibers.resize(n);
   b.warps.resize(n / 32);
   for (auto& f : b.fibers) f.stack.resize(64 << 10);
-  b.shared.resize(shared / 16 + 16);
+  b.shared.resize(shared / 16 + 80);
   std::mt19937 random(order);
   for (unsigned y = 0; y < grid.y; y++) for (unsigned x = 0; x < grid.x; x++) {
     b.id = {x, y, 0};
     memset((void*)b.shared.data(), 0xff, b.shared.size() * 16);  // NaN in f32, f16 and bf16
     for (auto& w : b.warps) w = Warp();
+    b.barriers.clear();
     for (int i = 0; i < n; i++) {
       Fiber& f = b.fibers[i];
       f.started = false; f.state = RUNNING; f.number = i; f.line = 0; f.warp = &b.warps[i / 32]; f.id = {(unsigned)i, 0, 0};
-      f.where = ""; f.groups.clear(); f.open.clear();
+      f.where = ""; f.groups.clear(); f.open.clear(); f.awaited.clear(); f.products.clear(); f.issued.clear(); f.stores.clear();
     }
     run_block(b, order, random);
     for (int i = 0; i < 64; i++) if ((u8)b.memory()[shared + i] != 0xff) fail("write past the end of shared memory");
     for (auto& f : b.fibers) {
-      bool left = !f.open.empty();
+      bool left = !f.open.empty() || !f.awaited.empty() || !f.stores.empty();
       for (auto& g : f.groups) left |= !g.empty();
-      if (left) fail("kernel ended with cp.async copies under way");
+      if (!f.issued.empty()) fail("kernel ended with products under way");
+      for (auto& g : f.products) if (!g.empty()) fail("kernel ended with products under way");
+      if (left) fail("kernel ended with copies under way");
     }
   }
   B = nullptr;
@@ -208,7 +230,7 @@ inline void cp_async16(saddr to, const void* from, bool ok) {
   shim::B->now->open.push_back({(void*)to, from, ok});
 }
 inline void cp_async_commit() { auto* f = shim::B->now; f->groups.push_back(std::move(f->open)); f->open.clear(); }
-template <int N> void cp_async_wait() { auto* f = shim::B->now; for (size_t i = 0; i + N < f->groups.size(); i++) shim::do_copies(f, i); }
+template <int N> void cp_async_wait() { auto* f = shim::B->now; for (size_t i = 0; i + N < f->groups.size(); i++) shim::do_copies(f->groups[i]); }
 inline void shim_ldsm(u32 (&r)[4], saddr p, bool trans) {
   if (p & 15) shim::stop("ldmatrix row is not aligned to 16 bytes");
   u64 v = p; auto s = shim::exchange(&v, 1, "ldmatrix");
@@ -258,3 +280,4 @@ inline u32 byte_perm(u32 a, u32 b, u32 which) {
   return r;
 }
 inline float ex2(float x) { return exp2f(x); }
+#include "shim_wgmma.h"

@@ -12,7 +12,7 @@ from shim import ShimRun, instances
 import cpu_kernels
 from engine import reference
 from engine.k_cache import KCacheLayout
-from gpu_kernels.attention import MAX_SPLITS, Variant, choose, geometry, kernels, mla_decode
+from gpu_kernels.attention import MAX_SPLITS, Variant, WarpgroupVariant, choose, geometry, kernels, mla_decode
 from gpu_kernels.device import CARDS, Limits
 from gpu_kernels.k_cache import k_store, rotate_query, row_bytes, unrotate_output
 from gpu_kernels.k_cache import kernels as row_kernels
@@ -22,13 +22,14 @@ LAYOUTS = [(512, 64), (256, 64), (256, 32), (128, 32)]  # rows of 576, 320, 288 
 # against float64 over the exact rows: queries and probabilities are rounded to 16 bits as well. q8: as the CPU's
 NMSE = {"f16": 2e-6, "bf16": 1e-4, "q8": 5e-4}
 SCALE = 0.1
-H100, A100, RTX, T4 = CARDS[90], CARDS[80], CARDS[86], CARDS[75]
+H100, A100, RTX, T4, B200 = CARDS[90], CARDS[80], CARDS[86], CARDS[75], CARDS[100]
 # (card, heads): between them they take every variant
-CHOICES = [(H100, 16), (A100, 16), (RTX, 16), (H100, 32), (A100, 32), (H100, 128)]
+CHOICES = [(H100, 16), (A100, 16), (RTX, 16), (B200, 32), (A100, 32), (B200, 128), (H100, 128)]
 
 instances(k for t in TYPES for layout in LAYOUTS for k in kernels(choose(H100, t, *layout, 16), t, *layout))
 instances(k for t in TYPES for card, n in CHOICES for k in kernels(choose(card, t, 512, 64, n), t, 512, 64))
-instances(k for t in TYPES for layout in LAYOUTS for k in row_kernels(t, *layout).values())
+instances(k for t in TYPES for k in kernels(choose(H100, t, 512, 32, 20), t, 512, 32))
+instances(k for t in TYPES for layout in [*LAYOUTS, (512, 32)] for k in row_kernels(t, *layout).values())
 
 
 class Case:
@@ -110,6 +111,35 @@ def test_every_variant(type_k: str, card: Limits, n_head: int) -> None:
     Case(type_k, 512, 64, n_head - 3, 1, 160, 150).check([150], -2, card)
 
 
+@pytest.mark.parametrize("n_kv", [0, 1, 64, 65, 128, 191])
+@pytest.mark.parametrize("type_k", TYPES)
+def test_warpgroups_take_any_number_of_tiles(type_k: str, n_kv: int) -> None:
+    """One buffer used or both, an odd tile at the end; lanes of another token in the block."""
+    case = Case(type_k, 512, 64, 20, 2, 200, n_kv)
+    assert isinstance(choose(H100, type_k, 512, 64, 40), WarpgroupVariant)
+    case.check([n_kv, n_kv // 3], order=-1, n_sm=1)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3, -1, -2])
+@pytest.mark.parametrize("type_k", ["bf16", "q8"])
+def test_the_order_of_threads_does_not_matter_to_warpgroups(type_k: str, order: int) -> None:
+    """Copies land late in even orders and at once in odd ones; two blocks of lanes, of which the second is not full."""
+    case = Case(type_k, 512, 64, 23, 3, 460, 450)
+    n_kv = [450, 130, 1]
+    case.check(n_kv, order, n_sm=2)
+
+
+def test_warpgroups_of_several_splits_are_merged() -> None:
+    case = Case("f16", 512, 64, 20, 1, 650, 640)
+    for n_sm in (3, 7):
+        case.check([640], -2, n_sm=n_sm)
+
+
+def test_a_narrower_rope_leaves_the_rest_of_its_piece_out() -> None:
+    for type_k in TYPES:
+        Case(type_k, 512, 32, 20, 1, 140, 130).check([130], n_sm=1)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3, -1, -2])
 @pytest.mark.parametrize("type_k", ["f16", "q8"])
 def test_the_order_of_threads_does_not_matter(type_k: str, order: int) -> None:
@@ -179,16 +209,23 @@ def test_what_is_chosen_fits_the_card(limits: Limits, type_k: str, rank: int, n_
     shared = variant.shared_bytes(type_k, rank, n_rot)
     assert shared <= limits.shared_per_block
     splits, blocks = geometry(limits, variant, n_lanes, 163_840)
-    assert blocks * 16 * variant.m_tiles >= n_lanes > (blocks - 1) * 16 * variant.m_tiles
+    assert blocks * variant.lanes >= n_lanes > (blocks - 1) * variant.lanes
     assert 1 <= splits <= MAX_SPLITS and (splits == 1 or splits * blocks <= limits.n_sm)
 
 
 def test_cards_with_more_shared_memory_take_more_lanes_or_longer_tiles() -> None:
     assert choose(H100, "f16", 512, 64, 16) == Variant(1, 64, 2, q_in_registers=True)
-    assert choose(H100, "q8", 512, 64, 20) == Variant(2, 64, 2)
-    assert choose(H100, "f16", 512, 64, 128) == choose(A100, "bf16", 512, 64, 128) == Variant(4, 32, 2)
+    assert choose(B200, "q8", 512, 64, 20) == Variant(2, 64, 2)
+    assert choose(B200, "f16", 512, 64, 128) == choose(A100, "bf16", 512, 64, 128) == Variant(4, 32, 2)
     assert choose(RTX, "f16", 512, 64, 128) == Variant(1, 32, 2, q_in_registers=True)
     assert choose(RTX, "f16", 512, 64, 128).shared_bytes("f16", 512, 64) == 98_368
+
+
+@pytest.mark.parametrize("type_k", TYPES)
+def test_warpgroups_are_taken_on_hopper_alone_for_rows_of_512_and_more_than_16_lanes(type_k: str) -> None:
+    cases = [(card, rank, n) for card in CARDS.values() if card is not T4 for rank in (256, 512) for n in (16, 17, 128)]
+    taken = [case for case in cases if isinstance(choose(case[0], type_k, case[1], 64, case[2]), WarpgroupVariant)]
+    assert taken == [(H100, 512, 17), (H100, 512, 128)]
 
 
 def test_splits_fill_the_card_once_and_are_no_more_than_tiles() -> None:
