@@ -22,12 +22,13 @@ for q8:
     q8     mma.sync        65.0    90.1    93.8   146.1   149.3     265      833    175
            warpgroups      79.4    77.6    78.7    81.2    84.7   126.5      340    429
 
-With 4,096 rows and 16 heads mma.sync takes 10.4 µs and warpgroups 11.6; from 17 lanes on warpgroups are never behind.
+With 4,096 rows and 16 heads mma.sync takes 10.4 µs and warpgroups 11.6. From 17 lanes on warpgroups are ahead, but for
+2 % of q8 with 20 heads and 4,096 rows (12.3 against 12.1).
 
-mma.sync: longer tiles: 32 heads f16 93 -> 83 µs, q8 118 -> 95; 16 heads q8 74 -> 68, and 16 heads f16 as with four short
-ones. Two blocks of 16 lanes on a multiprocessor: f16 79.8 against 75.9 µs. What did not help q8, whose pace is set by
-widening: a second f16 tile, widened to while values of this one are multiplied, 16 heads 68 -> 70, 128 heads 272 ->
-258; loads of 16 bytes for fewer bank conflicts, but more address arithmetic, 68 -> 79.
+Of mma.sync: longer tiles: 32 heads f16 93 -> 83 µs, q8 118 -> 95; 16 heads q8 74 -> 68, and 16 heads f16 as with four
+short ones. Two blocks of 16 lanes on a multiprocessor: f16 79.8 against 75.9 µs. What did not help q8, whose pace is
+set by widening: a second f16 tile, widened to while values of this one are multiplied, 16 heads 68 -> 70, 128 heads
+272 -> 258; loads of 16 bytes for fewer bank conflicts, but more address arithmetic, 68 -> 79.
 """
 
 from __future__ import annotations

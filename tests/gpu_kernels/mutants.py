@@ -80,7 +80,6 @@ CHANGES = [
         "product_64<T>(s, a + on, b + on, part + i > 0)",
         "product_64<T>(s, a + on, b + on, i > 0)",
     ),
-    ("mla_decode_wgmma.cu", "lane < 16 && l < n_lanes", "lane < 16"),
     ("hadamard.cuh", "x[i + h] = u - v;", "x[i + h] = v - u;"),
     ("hadamard.cuh", "constexpr int BLOCK = N & -N;", "constexpr int BLOCK = N & -N & 127 ? N & -N & 127 : 128;"),
     ("k_cache.cu", "+ 128) << 8 * j", "+ 127) << 8 * j"),
