@@ -22,7 +22,7 @@ from .quants.activations import BLOCK_256, SCALE, SUMS
 
 def panel_product(type_id: int) -> Any:
     """As panels.panel_product, for rows packed as records."""
-    from .microkernel import add_pairs, rank1_pairs, rank1_wu8, zeros_f, zeros_i
+    from .microkernel import rank1_wu8, zeros_f, zeros_i
     from .simd import device, prefetch, transpose16
 
     ahead_step = device(bytes_ahead)
@@ -31,14 +31,13 @@ def panel_product(type_id: int) -> Any:
     signed = f.codes.largest > 127 and not ISA.u8s8
     n_centre = 0 if signed else centre or 0
     unpack = _unpack(type_id, signed)
-    start, fold, finish = _start(sub // 16), _fold(sub // 16 if centre is None else 0), _finish()
+    start, fold, finish = _start(sub // 16), _fold(sub // 16 if centre is None else 0), finish_rows()
     unit = max(64, f.block)  # columns that unpack takes
     unit_nbytes = unit // f.block * f.nbytes
     unit_factors = 4 * unit // sub
     STEP = PANEL_ROWS * 4
     N = N_VEC
-    PAIRED = _paired_steps(f.codes)
-    M = BLOCK_ROWS // 2 if PAIRED in (0, sub // 4) else 2  # integers take as many registers as the f32 sums
+    M = BLOCK_ROWS // 2  # integers take as many registers as the f32 sums
     factors_at = 16 * COLUMNS
     panel_at = factors_at + 16 * 64
     scales_at = panel_at + COLUMNS * PANEL_ROWS
@@ -67,19 +66,10 @@ def panel_product(type_id: int) -> Any:
                 total = zeros_f(M, N)
                 for _ in range(width // sub):
                     acc = start(zeros_i(M, N), q_sums, BLOCK_256, n_centre)
-                    if PAIRED:
-                        for _ in range(sub // 4 // PAIRED):
-                            pairs = zeros_i(M, N)
-                            for _ in range(PAIRED):
-                                pairs = rank1_pairs(pairs, p, q, BLOCK_256)
-                                p += STEP
-                                q += 4
-                            acc = add_pairs(acc, pairs)
-                    else:
-                        for _ in range(sub // 4):
-                            acc = rank1_wu8(acc, p, q, BLOCK_256)
-                            p += STEP
-                            q += 4
+                    for _ in range(sub // 4):
+                        acc = rank1_wu8(acc, p, q, BLOCK_256)
+                        p += STEP
+                        q += 4
                     total = fold(total, acc, s, q_sums, BLOCK_256)
                     s += STEP
                     q_sums += sub // 8
@@ -89,31 +79,24 @@ def panel_product(type_id: int) -> Any:
     return product
 
 
-def _paired_steps(codes: quants.Codes) -> int:
-    """Steps whose products of codes and int8 a 16-bit sum of pairs holds; 0 where the CPU sums fours at once.
-
-    Plain AVX2: 2 instructions for 32 products instead of 3, and one more a sum. Zen 4 as Haswell, one thread, 512 rows,
-    2048 x 2048, G products/s, fours -> pairs: Q5_0 77 -> 95, Q6_K 76 -> 89; Q4_K in pairs 105; in f32 50, its peak 58.
-    """
-    if ISA.int8 or not ISA.avx2:
-        return 0
-    steps = 32767 // (2 * 127 * codes.largest)
-    return min(steps, codes.sub // 4)
-
-
 def _unpack(type_id: int, signed: bool) -> Any:
     """An intrinsic (w, codes, factors): a block of 256, or two of 32. signed: the codes less 128."""
     from numba import types
 
     from .quants.emit import halves
-    from .simd import I8, A, const_i, instruction, offset, store
+    from .simd import F32, I8, A, V, const_i, instruction, offset, splat, store
 
     codes_of, f = quants.block_codes(type_id), quants.FORMATS[type_id]
+
+    def floats(b, v, d):
+        return b.fmul(b.sitofp(v, V(F32, v.type.count)), splat(b, d, v.type.count))
 
     @instruction(types.void, A, A, A)
     def unpack(b, w, codes, factors):
         if f.block == 256:
-            q, scales, minima = codes_of(b, w)
+            q, scales, minima, d, dmin = codes_of(b, w)
+            scales = floats(b, scales, d)
+            minima = floats(b, minima, dmin) if minima else None
         else:
             blocks = (w, offset(b, w, f.nbytes))
             q, scales, minima = [codes_of(b, blocks)], halves(b, *blocks), None
@@ -191,7 +174,7 @@ def _fold(n_sums: int) -> Any:
     return fold
 
 
-def _finish() -> Any:
+def finish_rows() -> Any:
     """(total, scales, stride, to, c): f32 at to [m][n] (+)= total[m, n] · scale[m]; added unless c is 0."""
     from llvmlite import ir
     from numba import types

@@ -71,6 +71,7 @@ def dot(b, mode, acc, x, y):
     u8s8    x is unsigned; at most 127 unless ISA.u8s8
     s8s8    x is signed; ISA.dotprod only
     pairs   as u8s8, but acc is 32 i16, sums of pairs, which must not overflow
+    words   two int16 a lane
     """
     if mode == "f32":
         return fma_(b, b.bitcast(x, VF), b.bitcast(y, VF), acc)
@@ -79,6 +80,8 @@ def dot(b, mode, acc, x, y):
             ty = V(BF16, 32)
             return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF, [acc, b.bitcast(x, ty), b.bitcast(y, ty)])
         return fma_(b, _high(b, x), _high(b, y), fma_(b, _low(b, x), _low(b, y), acc))
+    if mode == "words":
+        return quad_sums(b, b.bitcast(x, V(I16, 32)), b.bitcast(y, V(I16, 32)), acc)
     x, y = b.bitcast(x, V(I8, 64)), b.bitcast(y, V(I8, 64))
     if mode == "pairs":
         return b.bitcast(b.add(b.bitcast(acc, V(I16, 32)), pair_sums(b, x, y)), VI)
@@ -164,6 +167,7 @@ rank1_ws8 = _rank1("u8s8", False)  # panel signed, broadcast unsigned
 rank1_s8 = _rank1("s8s8", False, less_128=True)  # panel signed, broadcast a byte that is 128 more than its value
 rank1_of_bf16 = _rank1("bf16", True, w_type=I)  # the panel is one register
 rank1_pairs = _rank1("pairs", True)  # as rank1_wu8, to sums of pairs
+rank1_words = _rank1("words", True)
 
 
 @intrinsic

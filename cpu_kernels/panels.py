@@ -1,14 +1,16 @@
 """Products of quantised weights and many rows of activations, by panels decoded in the first cache.
 
     weights   PANEL_ROWS rows x 256 columns are decoded at a time into a panel [columns / g][PANEL_ROWS][g]; g values of
-              32 bits: 4 int8, 2 bf16 or 1 f32. Nothing is kept: the file's bytes are the only copy of a weight
+              32 bits: 4 int8, 2 int16 or bf16, 1 f32. Nothing is kept: the file's bytes are the only copy of a weight
     rows      packed once: [k / 256][n_rows][256], so that a pass over all rows reads memory in order
     sums      [n_rows][PANEL_ROWS] f32, in the thread's scratch
 
 The microkernel then runs over all rows for each panel. `kind` is what both sides are multiplied in:
 
     f32    F32 and F16 weights, and all where the CPU has nothing better
-    int8   formats with codes (quants.Codes) on CPUs with dot products of four bytes; see int8_panels.py
+    int8   formats with codes (quants.Codes) on CPUs with dot products of four bytes, see int8_panels.py; and with plain
+           AVX2 if the codes are below 128, see pair_panels.py
+    int16  formats with larger codes with plain AVX2
     bf16   the rest
 
 Decoding reads a short piece of each of a panel's rows, which the CPU's own prefetchers do not follow, so the weights
@@ -36,7 +38,8 @@ BLOCK_ROWS = ISA.n_acc // N_VEC  # activation rows of a register block
 COLUMNS = 256
 MAX_ROWS = 768 // BLOCK_ROWS * BLOCK_ROWS  # of a tile: its sums are then 192 KiB, in the second cache
 PACKED_ROWS = 16  # of a tile of pack_rows
-PACKED_BYTES = {"f32": 4 * COLUMNS, "bf16": 2 * COLUMNS, "int8": BLOCK_256}  # of 256 values of a row
+# of 256 values of a row
+PACKED_BYTES = {"f32": 4 * COLUMNS, "bf16": 2 * COLUMNS, "int8": BLOCK_256, "int16": 2 * COLUMNS + 64}
 PANEL_BYTES = 4 * COLUMNS * (PANEL_ROWS + 16)  # scratch of a product beside its sums
 
 
@@ -46,8 +49,10 @@ def kind_of(type_id: int, k: int) -> str:
     if f.name in ("F32", "F16"):
         return "f32"
     if f.codes is not None and k % max(64, f.block) == 0:
-        if ISA.int8 or (ISA.avx2 and f.codes.largest <= 127):
+        if ISA.int8:
             return "int8"
+        if ISA.avx2:
+            return "int8" if f.codes.largest <= 127 else "int16"
     return ISA.panel
 
 
@@ -64,11 +69,13 @@ def block_bytes(kind: str, n_rows: int) -> int:
 @kernel
 def pack_rows(kind):
     """PACKED_ROWS rows a tile. Row i of the result is row order[i] // divisor of x, or row i where order is 0."""
-    from .quants.quantise_blocks import block_256
+    from .quants.quantise_blocks import block_256, block_pairs, block_words
     from .simd import bc, ld, ld_i32, st, st_bf16
 
     nbytes = PACKED_BYTES[kind]
-    whole = COLUMNS if kind == "int8" else 16
+    integers = kind in ("int8", "int16")
+    whole = COLUMNS if integers else 16
+    quantise = block_words if kind == "int16" else block_256 if ISA.int8 else block_pairs
 
     def body(tile, scratch, x, x_row, order, divisor, n_rows, k, packed, block):
         for i in range(tile * PACKED_ROWS, min(n_rows, tile * PACKED_ROWS + PACKED_ROWS)):
@@ -76,8 +83,8 @@ def pack_rows(kind):
             source = x + row * x_row
             to = packed + i * nbytes
             for c in range(0, k // whole * whole, whole):
-                if kind == "int8":
-                    block_256(source + 4 * c, to + c // COLUMNS * block)
+                if integers:
+                    quantise(source + 4 * c, to + c // COLUMNS * block)
                 elif kind == "bf16":
                     st_bf16(to + c // COLUMNS * block + c % COLUMNS * 2, ld(source + 4 * c))
                 else:
@@ -86,7 +93,7 @@ def pack_rows(kind):
             if last != 0:
                 for c in range(0, COLUMNS, 16):
                     st(scratch + 4 * c, ld(source + 4 * (k - last + c)) if c < last else bc(0.0))
-                block_256(scratch, to + k // COLUMNS * block)
+                quantise(scratch, to + k // COLUMNS * block)
 
     return body
 
@@ -105,10 +112,10 @@ def panel_product(type_id: int, kind: str) -> Any:
     the second cache. sums has room for n rounded up to BLOCK_ROWS, and columns from n_w on are undefined; memory is
     PANEL_BYTES. For kernel factories.
     """
-    if kind == "int8":
-        from . import int8_panels
+    if kind in ("int8", "int16"):
+        from . import int8_panels, pair_panels
 
-        return int8_panels.panel_product(type_id)
+        return int8_panels.panel_product(type_id) if ISA.int8 else pair_panels.panel_product(type_id, kind)
     from .microkernel import load_regs, rank1_bf16, rank1_f32, store_regs, zeros_f
     from .simd import device, prefetch, transpose16
 

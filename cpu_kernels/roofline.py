@@ -1,7 +1,8 @@
 """This machine's limits, measured: products per second of the microkernel out of the first cache, and DRAM read.
 
     limits     all of them; attention_kinds and matmul_kind say which kind of product an op is to be compared with
-    multiply   1 product (f32), 2 (bf16) or 4 (int8) a lane and dot; ISA.n_acc accumulators, operands in the first cache
+    multiply   1 product (f32), 2 (bf16, int16) or 4 (int8) a lane and dot; ISA.n_acc accumulators, operands in the
+               first cache
     read       sums of lines of a buffer that no cache holds
 
 What a kernel reaches is reported as a share of these, measured in the same run: the clock and the other tenants of a
@@ -20,8 +21,9 @@ from ._jit import kernel
 from .isa import ISA
 from .matmul import MAX_DOT_TOKENS
 
-PRODUCTS = {"f32": 1, "bf16": 2, "int8": 4}  # of a lane in a dot
-KINDS = {"f32": True, "bf16": ISA.bf16, "int8": ISA.int8 or ISA.avx2}  # whether this CPU multiplies so
+PRODUCTS = {"f32": 1, "bf16": 2, "int8": 4, "int16": 2}  # of a lane in a dot
+# whether this CPU multiplies so
+KINDS = {"f32": True, "bf16": ISA.bf16, "int8": ISA.int8 or ISA.avx2, "int16": ISA.avx2 and not ISA.int8}
 STEPS = 20_000  # of a tile of multiply
 TILES = 32  # for each thread: 8 ms, in which the system has spread them over the cores
 READ_BYTES = 256 << 20
@@ -29,7 +31,7 @@ READ_TILE = 1 << 20
 
 
 def limits(run: Any) -> dict[str, float]:
-    """{"read_gb_s", "f32_gmul_s", "bf16_gmul_s", "int8_gmul_s"}: 10^9 bytes and products a second on a run's threads.
+    """{"read_gb_s", "f32_gmul_s", "int8_gmul_s", …}: 10^9 bytes and products a second on a run's threads.
 
     Only those kinds of product that kernels use on this CPU.
     """
@@ -80,10 +82,11 @@ def _seconds(run: Any, code: Any, n_tiles: int, args: tuple[Any, ...]) -> float:
 @kernel
 def multiply(kind):
     """STEPS steps of two dots per accumulator."""
-    from .microkernel import rank1_bf16, rank1_f32, rank1_pairs, rank1_ws8, store_regs, zeros_f, zeros_i
+    from .microkernel import rank1_bf16, rank1_f32, rank1_pairs, rank1_words, rank1_ws8, store_regs, zeros_f, zeros_i
 
-    rank1 = {"f32": rank1_f32, "bf16": rank1_bf16, "int8": rank1_ws8 if ISA.int8 else rank1_pairs}[kind]
-    zeros = zeros_i if kind == "int8" else zeros_f
+    int8 = rank1_ws8 if ISA.int8 else rank1_pairs
+    rank1 = {"f32": rank1_f32, "bf16": rank1_bf16, "int8": int8, "int16": rank1_words}[kind]
+    zeros = zeros_f if kind in ("f32", "bf16") else zeros_i
     M = ISA.n_acc
 
     def body(tile, scratch):

@@ -10,7 +10,7 @@ and, where int8 panels of it are worth having, a third, `codes`: 64 codes at a t
 Activations in int8 come in three layouts:
 
     q8_256      for formats with blocks of 256; a row is k / 256 records of 320 bytes
-                | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused |
+                | 256 int8 | 16 int16: sums of 16 | f32 scale | 28 bytes unused (pair_panels.py: sums of 32) |
     q8_nibbles  for Q4_K and Q5_K; the same, but 32 values at a time lie in the order 0 2 1 3 4 6 5 7, as the low and
                 the high nibbles of 64 bytes of theirs do
                 | 256 int8 | 8 int16: sums of 32, in natural order | 8 zeros | f32 scale | 28 bytes unused |
@@ -130,7 +130,8 @@ def block_decoder(type_id: int, kind: str = "f32") -> Any:
 def block_codes(type_id: int) -> Callable[[Any, Any], Any]:
     """Of a format with blocks of 32: codes(b, (w0, w1)) -> <64 x i8>; d, and m if there is one, are f16 at 0 and 2.
 
-    Of 256: codes(b, w) -> ([4 of <64 x i8>], scales, minima or None), f32, one for each `codes.sub` values.
+    Of 256: codes(b, w) -> ([4 of <64 x i8>], scales, minima or None, d, dmin or None); scales and minima are i16, one
+    for each `codes.sub` values.
     Imports Numba.
     """
     return getattr(_family(type_id), f"codes_{FORMATS[type_id].name.lower()}")

@@ -15,6 +15,7 @@ from .._jit import kernel
 
 BLOCK_256 = 320  # bytes of a q8_256 or q8_nibbles record
 SUMS, SCALE = 256, 288  # where in it
+SUMS_32 = 292  # 8 int16, of records that pair_panels.py reads
 CHUNK = 2048  # values per tile
 
 

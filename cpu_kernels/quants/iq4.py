@@ -82,4 +82,5 @@ def codes_iq4_nl(b, blocks):
 
 
 def codes_iq4_xs(b, w):
-    return [b.xor(_values(b, w, i), const_i(-128, 64, I8)) for i in range(4)], _factors(b, w), None
+    codes = [b.xor(_values(b, w, i), const_i(-128, 64, I8)) for i in range(4)]
+    return codes, b.trunc(_scales(b, w), V(I16, 8)), None, half(b, w), None

@@ -9,7 +9,7 @@ bytes s, scale i has the low four bits s[i] & 15 for i < 8, else s[i - 8] >> 4, 
 
 from __future__ import annotations
 
-from ..simd import I8, V, W, concat, const_f, const_i, load, offset, splat
+from ..simd import I8, I16, V, W, concat, const_f, const_i, load, offset, splat
 from .emit import fields, half, signed, take, unsigned
 from .k_sums import add_centred
 from .q2_k import two_bits
@@ -49,4 +49,5 @@ def dot_q3_k(b, sums, w, x):
 
 
 def codes_q3_k(b, w):
-    return [_codes(b, w, i) for i in range(4)], _factors(b, w), None
+    scales = b.sext(_scales(b, w), V(I16, W))
+    return [_codes(b, w, i) for i in range(4)], scales, None, half(b, offset(b, w, 108)), None

@@ -140,6 +140,11 @@ def _dot(b, sums, w, x, high):
     return fma_(b, b.sitofp(total, VF), take(b, factors, [0] * W), main), left_out
 
 
+def _block(b, w, high):
+    scales, minima = (_wide(b, v) for v in _scales(b, w))
+    return _in_order(b, w, high), scales, minima, half(b, w), half(b, offset(b, w, 2))
+
+
 def decode_q4_k(b, w):
     return _decode(b, w, high=False)
 
@@ -157,8 +162,8 @@ def dot_q5_k(b, sums, w, x):
 
 
 def codes_q4_k(b, w):
-    return _in_order(b, w, high=False), *_factors(b, w)
+    return _block(b, w, high=False)
 
 
 def codes_q5_k(b, w):
-    return _in_order(b, w, high=True), *_factors(b, w)
+    return _block(b, w, high=True)

@@ -13,7 +13,7 @@ shuffled, and the centre's part as what integer sums start from.
 
 from __future__ import annotations
 
-from ..simd import I8, V, W, concat, const_f, load, offset, splat
+from ..simd import I8, I16, V, W, concat, const_f, load, offset, splat
 from .emit import fields, half, signed, take, unsigned
 from .k_sums import add_centred
 
@@ -46,4 +46,5 @@ def dot_q6_k(b, sums, w, x):
 
 
 def codes_q6_k(b, w):
-    return [_codes(b, w, i) for i in range(4)], _factors(b, w), None
+    scales = b.sext(load(b, offset(b, w, 192), V(I8, W)), V(I16, W))
+    return [_codes(b, w, i) for i in range(4)], scales, None, half(b, offset(b, w, 208)), None

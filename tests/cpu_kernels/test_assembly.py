@@ -28,6 +28,7 @@ KERNELS = {
     "rows Q8_0": ("matmul", "dot_rows", {"type_id": Q8_0, "accumulate": False, "several": False}),
     "panels Q4_K": ("panels", "multiply", {"type_id": Q4_K, "kind": "int8", "accumulate": False}),
     "panels Q8_0": ("panels", "multiply", {"type_id": Q8_0, "kind": "int8", "accumulate": False}),
+    "panels Q8_0 int16": ("panels", "multiply", {"type_id": Q8_0, "kind": "int16", "accumulate": False}),
     "panels f32": ("panels", "multiply", {"type_id": Q8_0, "kind": "f32", "accumulate": False}),
     "panels bf16": ("panels", "multiply", {"type_id": Q8_0, "kind": "bf16", "accumulate": False}),
     "decode f16": ("attention", "decode_split", {"type_k": "f16", "kind": "f32"}),
@@ -87,6 +88,7 @@ def spills(code: list[str]) -> int:
 CASES = [
     *(("haswell", name, r"vfmadd\d+ps\s.*%ymm", 12) for name in FLOAT),
     ("haswell", "panels Q4_K", r"vpmaddubsw\s.*%ymm", 6),
+    ("haswell", "panels Q8_0 int16", r"vpmaddwd\s.*%ymm", 64),
     ("haswell", "decode q8", r"vpmaddubsw\s.*%ymm", 6),
     *(("haswell", name, r"vpmaddubsw\s.*%ymm", 0) for name in ("rows Q4_K", "rows Q8_0")),
     *(("alderlake", name, r"vpdpbusd\s.*%ymm", 6) for name in INT8 if name != "rows Q8_0"),
