@@ -197,15 +197,13 @@ _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_in
 
 
 def _native(code: Code, *args: int) -> Callable[[int, int], None]:
-    """A function (tile, scratch) that calls a kernel with fixed int64 arguments."""
-    function = _KERNEL(code.address)
-    block = np.array(args, np.int64)
-    out = np.zeros(2, np.int64)
-    head = (out.ctypes.data, out.ctypes.data + 8, block.ctypes.data)
+    """A function (tile, scratch) that calls a kernel with fixed int64 arguments.
 
-    def run(tile: int, scratch: int, _alive: object = (block, out)) -> None:
-        function(*head, tile, scratch)
-
+    No Python code stands before the call, so an interrupt cannot come between the two.
+    """
+    block, out = np.array(args, np.int64), np.zeros(2, np.int64)
+    run = functools.partial(_KERNEL(code.address), out.ctypes.data, out.ctypes.data + 8, block.ctypes.data)
+    run.alive = block, out  # type: ignore[attr-defined]
     return run
 
 
@@ -285,6 +283,15 @@ class _Pool:
             self._wake[i].acquire()
             _allow_all_cores()
 
+    def _wake_sleepers(self) -> None:
+        """Those of publish's mask. A worker that is woken for nothing goes to sleep again."""
+        for i in range(1, len(self._wake)):
+            if int(self._out[1]) >> i & 1:
+                _keep_off_this_core(self._threads[i], i)
+                if self._wake[i].locked():
+                    self._wake[i].release()
+                self._out[1] &= ~(1 << i)
+
     def execute(
         self, tape: Tape, n_threads: int, cancel: np.ndarray,
         tell: Callable[[float], None] | None = None, times: np.ndarray | None = None,
@@ -296,13 +303,10 @@ class _Pool:
             self._start_workers(n_threads)
             self.state[PROGRAM : PROGRAM + 4] = (tape.address, tape.n_jobs, cancel.ctypes.data, n_threads)
             self.state[TIMES] = 0 if times is None else times.ctypes.data
-            self._publish(0, 0)
-            mask = int(self._out[1])
-            for i in range(1, n_threads):
-                if mask >> i & 1:
-                    _keep_off_this_core(self._threads[i], i)
-                    self._wake[i].release()
+            self._wake_sleepers()  # whom an interrupt has left asleep
             try:
+                self._publish(0, 0)
+                self._wake_sleepers()
                 status = TIME_IS_UP
                 while status == TIME_IS_UP:
                     self._drive(0, self._scratch)
