@@ -285,12 +285,13 @@ class _Pool:
 
     def _wake_sleepers(self) -> None:
         """Those of publish's mask. A worker that is woken for nothing goes to sleep again."""
+        mask = int(self._out[1])
         for i in range(1, len(self._wake)):
-            if int(self._out[1]) >> i & 1:
+            if mask >> i & 1:
                 _keep_off_this_core(self._threads[i], i)
                 if self._wake[i].locked():
                     self._wake[i].release()
-                self._out[1] &= ~(1 << i)
+        self._out[1] = 0
 
     def execute(
         self, tape: Tape, n_threads: int, cancel: np.ndarray,
