@@ -123,7 +123,7 @@ def drive():
 
 @kernel
 def publish():
-    """Open a program for the workers. Writes a bit mask of those that sleep and must be woken."""
+    """Open a program for the workers. Adds those that sleep and must be woken to a bit mask."""
     from .simd import atomic_exchange, atomic_load, atomic_store, ld_i64, st_i64
 
     def body(tile, scratch, state, wake):
@@ -134,7 +134,7 @@ def publish():
         epoch = atomic_load(state + 8 * EPOCH) + 1
         atomic_store(state + 8 * OPEN, epoch)
         atomic_store(state + 8 * EPOCH, epoch)
-        mask = 0
+        mask = ld_i64(wake)
         for i in range(1, ld_i64(state + 8 * N_THREADS)):
             if atomic_exchange(state + 8 * (ASLEEP + 8 * i), 0) == 1:
                 mask |= 1 << i
@@ -284,7 +284,7 @@ class _Pool:
             _allow_all_cores()
 
     def _wake_sleepers(self) -> None:
-        """Those of publish's mask. A worker that is woken for nothing goes to sleep again."""
+        """Those of publish's mask, and whom an interrupt left in it; one woken for nothing goes to sleep again."""
         mask = int(self._out[1])
         for i in range(1, len(self._wake)):
             if mask >> i & 1:
@@ -304,7 +304,6 @@ class _Pool:
             self._start_workers(n_threads)
             self.state[PROGRAM : PROGRAM + 4] = (tape.address, tape.n_jobs, cancel.ctypes.data, n_threads)
             self.state[TIMES] = 0 if times is None else times.ctypes.data
-            self._wake_sleepers()  # whom an interrupt has left asleep
             try:
                 self._publish(0, 0)
                 self._wake_sleepers()
