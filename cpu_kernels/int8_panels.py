@@ -23,40 +23,25 @@ from .quants.activations import BLOCK_256, SCALE, SUMS
 def panel_product(type_id: int) -> Any:
     """As panels.panel_product, for rows packed as records."""
     from .microkernel import rank1_wu8, zeros_f, zeros_i
-    from .simd import device, prefetch, transpose16
+    from .simd import device, prefetch
 
     ahead_step = device(bytes_ahead)
     f = quants.FORMATS[type_id]
     sub, centre = f.codes.sub, f.codes.centre
     signed = f.codes.largest > 127 and not ISA.u8s8
     n_centre = 0 if signed else centre or 0
-    unpack = _unpack(type_id, signed)
-    start, fold, finish = _start(sub // 16), _fold(sub // 16 if centre is None else 0), finish_rows()
-    unit = max(64, f.block)  # columns that unpack takes
-    unit_nbytes = unit // f.block * f.nbytes
-    unit_factors = 4 * unit // sub
+    fill, panel_at, scales_at = filling(_unpack(type_id, signed), f)
+    start, fold, finish = _start(sub // 16), fold_rows(sub // 16 if centre is None else 0), finish_rows()
     STEP = PANEL_ROWS * 4
     N = N_VEC
     M = BLOCK_ROWS // 2  # integers take as many registers as the f32 sums
-    factors_at = 16 * COLUMNS
-    panel_at = factors_at + 16 * 64
-    scales_at = panel_at + COLUMNS * PANEL_ROWS
 
     @device
     def product(w, w_row, n_w, k, x, block, n, sums, memory, ahead):
-        codes, factors = memory, memory + factors_at
         step = ahead_step(n_w * w_row, k, n, M)
         for c in range(0, k, COLUMNS):
             width = min(COLUMNS, k - c)
-            for g in range(0, n_w, 16):
-                for r in range(min(16, n_w - g)):
-                    source = w + (g + r) * w_row + c // unit * unit_nbytes
-                    for i in range(width // unit):
-                        unpack(source + i * unit_nbytes, codes + r * COLUMNS + i * unit,
-                               factors + r * 64 + i * unit_factors)  # fmt: skip
-                for i in range(0, width, 64):
-                    transpose16(codes + i, COLUMNS, memory + panel_at + i // 4 * STEP + 4 * g, STEP)
-                transpose16(factors, 64, memory + scales_at + 4 * g, STEP)
+            fill(w, w_row, n_w, c, width, memory)
             for t in range(0, n, M):
                 for i in range(0, step, 64):
                     prefetch(ahead + i)
@@ -77,6 +62,39 @@ def panel_product(type_id: int) -> Any:
             x += block
 
     return product
+
+
+def filling(unpack: Any, f: quants.Format, size: int = 1, n_factors: int = 64) -> tuple[Any, int, int]:
+    """A device function (w, w_row, n_w, c, width, memory), and where in memory its two panels are.
+
+    Columns from c on of n_w weight rows become a panel of codes of `size` bytes, and one of their factors, n_factors
+    bytes of a row: unpack (w, codes, factors) says what these are.
+    """
+    from .simd import device, transpose16
+
+    unit = max(64, f.block)  # columns that unpack takes
+    unit_nbytes = unit // f.block * f.nbytes
+    unit_factors = 4 * unit // f.codes.sub
+    ROW, STEP = COLUMNS * size, PANEL_ROWS * 4
+    factors_at = 16 * ROW
+    panel_at = factors_at + 16 * n_factors
+    scales_at = panel_at + ROW * PANEL_ROWS
+
+    @device
+    def fill(w, w_row, n_w, c, width, memory):
+        codes, factors = memory, memory + factors_at
+        for g in range(0, n_w, 16):
+            for r in range(min(16, n_w - g)):
+                source = w + (g + r) * w_row + c // unit * unit_nbytes
+                for i in range(width // unit):
+                    unpack(source + i * unit_nbytes, codes + r * ROW + i * unit * size,
+                           factors + r * n_factors + i * unit_factors)  # fmt: skip
+            for i in range(0, width * size, 64):
+                transpose16(codes + i, ROW, memory + panel_at + i // 4 * STEP + 4 * g, STEP)
+            for i in range(0, n_factors, 64):
+                transpose16(factors + i, n_factors, memory + scales_at + i // 4 * STEP + 4 * g, STEP)
+
+    return fill, panel_at, scales_at
 
 
 def _unpack(type_id: int, signed: bool) -> Any:
@@ -143,7 +161,7 @@ def _start(n_sums: int) -> Any:
     return start
 
 
-def _fold(n_sums: int) -> Any:
+def fold_rows(n_sums: int) -> Any:
     """(total, acc, scales, sums, stride): total[m, n] += scale[n] · acc[m, n], and - minimum[n] · sum[m] if n_sums.
 
     Minima lie 8 rows behind the scales.

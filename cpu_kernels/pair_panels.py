@@ -27,9 +27,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import quants
-from .int8_panels import finish_rows
+from .int8_panels import filling, finish_rows, fold_rows
 from .panels import COLUMNS, N_VEC, PACKED_BYTES, PANEL_ROWS, bytes_ahead
-from .quants.activations import SCALE, SUMS, SUMS_32
+from .quants.activations import SCALE, SCALE_OF_WORDS, SUMS, SUMS_32
 
 M = 2  # rows of x in a register block: the integer sums of more are spilled
 STEP = PANEL_ROWS * 4  # bytes of a step of a panel
@@ -40,46 +40,30 @@ MINIMA_AT, D_AT = 16, 24  # rows of the panel of factors, of blocks of 256
 def panel_product(type_id: int, kind: str) -> Any:
     """As panels.panel_product, for rows packed as int8 or int16 records."""
     from .microkernel import add_pairs, rank1_pairs, rank1_words, zeros_f, zeros_i
-    from .simd import device, prefetch, transpose16
+    from .simd import device, prefetch
 
     ahead_step = device(bytes_ahead)
     f = quants.FORMATS[type_id]
     sub, centre = f.codes.sub, f.codes.centre
     words, scaled = kind == "int16", kind == "int8" and f.block == 256
     unpack = _unpack_256(type_id) if scaled else _unpack(type_id, words)
+    fill, panel_at, scales_at = filling(unpack, f, 2 if words else 1, FACTORS)
     minimum = centre is None
-    fold, add_scaled, start, finish = _fold(), _add_scaled(), _start(-1 if minimum else centre), finish_rows()
-    unit = max(64, f.block)  # columns that unpack takes
-    unit_nbytes = unit // f.block * f.nbytes
-    unit_factors = 4 * unit // sub
-    size = 2 if words else 1
-    RECORD, ROW = PACKED_BYTES[kind], COLUMNS * size
+    fold, add_scaled, start, finish = fold_rows(0), _add_scaled(), _start(-1 if minimum else centre), finish_rows()
+    RECORD = PACKED_BYTES[kind]
     N = N_VEC
     # steps that 16 bits hold; and between f32 sums so few that LLVM does not spill: with spills Q5_0 was 2.5 times
     # slower in 1 process of 5, presumably where the stack lay across the end of a page
     PAIRED = min(32767 // (2 * 127 * f.codes.largest), sub // 4 if scaled else 4)
-    factors_at = 16 * ROW
-    panel_at = factors_at + 16 * FACTORS
-    scales_at = panel_at + ROW * PANEL_ROWS
-    scale_x = 2 * COLUMNS if words else SCALE
+    scale_x = SCALE_OF_WORDS if words else SCALE
     sums_at = SUMS if sub == 16 else SUMS_32
 
     @device
     def product(w, w_row, n_w, k, x, block, n, sums, memory, ahead):
-        codes, factors = memory, memory + factors_at
         step = ahead_step(n_w * w_row, k, n, M)
         for c in range(0, k, COLUMNS):
             width = min(COLUMNS, k - c)
-            for g in range(0, n_w, 16):
-                for r in range(min(16, n_w - g)):
-                    source = w + (g + r) * w_row + c // unit * unit_nbytes
-                    for i in range(width // unit):
-                        unpack(source + i * unit_nbytes, codes + r * ROW + i * unit * size,
-                               factors + r * FACTORS + i * unit_factors)  # fmt: skip
-                for i in range(0, width * size, 64):
-                    transpose16(codes + i, ROW, memory + panel_at + i // 4 * STEP + 4 * g, STEP)
-                for i in range(0, FACTORS, 64):
-                    transpose16(factors + i, FACTORS, memory + scales_at + i // 4 * STEP + 4 * g, STEP)
+            fill(w, w_row, n_w, c, width, memory)
             for t in range(0, n, M):
                 for i in range(0, step, 64):
                     prefetch(ahead + i)
@@ -98,17 +82,17 @@ def panel_product(type_id: int, kind: str) -> Any:
                             acc = add_scaled(acc, pairs, s)
                         s += STEP
                     s = memory + scales_at
-                    total = fold(zeros_f(M, N), acc, s + D_AT * STEP)
+                    total = fold(zeros_f(M, N), acc, s + D_AT * STEP, 0, 0)
                     low = zeros_i(M, N)
                     for i in range(128 // sub):
                         low = rank1_words(low, s + (MINIMA_AT + i) * STEP, q_minima + 4 * i, RECORD)
-                    total = fold(total, low, s + (D_AT + 1) * STEP)
+                    total = fold(total, low, s + (D_AT + 1) * STEP, 0, 0)
                 else:
                     total = zeros_f(M, N)
                     for _ in range(width // sub):
                         acc = zeros_i(M, N)
                         if minimum:
-                            total = fold(total, start(zeros_i(M, N), q_sums, RECORD), s + 8 * STEP)
+                            total = fold(total, start(zeros_i(M, N), q_sums, RECORD), s + 8 * STEP, 0, 0)
                         if words:
                             for _ in range(sub // 2):
                                 acc = rank1_words(acc, p, q, RECORD)
@@ -124,7 +108,7 @@ def panel_product(type_id: int, kind: str) -> Any:
                                 acc = add_pairs(acc, pairs)
                         if not minimum and not words:
                             acc = start(acc, q_sums, RECORD)
-                        total = fold(total, acc, s)
+                        total = fold(total, acc, s, 0, 0)
                         s += STEP
                         q_sums += sub // 8
                 finish(total, q_scale, RECORD, to, c)
@@ -238,25 +222,3 @@ def _add_scaled() -> Any:
         return acc(acc, pairs, A), emit
 
     return add_scaled
-
-
-def _fold() -> Any:
-    """(total, acc, scales): total[m, n] += scale[n] · acc[m, n]"""
-    from numba.extending import intrinsic
-
-    from .microkernel import _each
-    from .simd import VF, A, fma_, load, offset
-
-    @intrinsic
-    def fold(_context, total, acc, scales):
-        def emit(context, b, sig, args):
-            factors = [load(b, offset(b, args[2], 64 * n), VF, 4) for n in range(acc.N)]
-
-            def add(m, n, v):
-                return fma_(b, b.sitofp(b.extract_value(args[1], m * acc.N + n), VF), factors[n], v)
-
-            return _each(b, args[0], total, add)
-
-        return total(total, acc, A), emit
-
-    return fold

@@ -30,7 +30,7 @@ import numpy as np
 from . import quants
 from ._jit import kernel
 from .isa import ISA
-from .quants.activations import BLOCK_256
+from .quants.activations import BLOCK_256, WORDS_256
 
 N_VEC = 4 if ISA.avx512 else 1
 PANEL_ROWS = 16 * N_VEC
@@ -39,7 +39,7 @@ COLUMNS = 256
 MAX_ROWS = 768 // BLOCK_ROWS * BLOCK_ROWS  # of a tile: its sums are then 192 KiB, in the second cache
 PACKED_ROWS = 16  # of a tile of pack_rows
 # of 256 values of a row
-PACKED_BYTES = {"f32": 4 * COLUMNS, "bf16": 2 * COLUMNS, "int8": BLOCK_256, "int16": 2 * COLUMNS + 64}
+PACKED_BYTES = {"f32": 4 * COLUMNS, "bf16": 2 * COLUMNS, "int8": BLOCK_256, "int16": WORDS_256}
 PANEL_BYTES = 4 * COLUMNS * (PANEL_ROWS + 16)  # scratch of a product beside its sums
 
 

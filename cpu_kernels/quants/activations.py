@@ -16,6 +16,7 @@ from .._jit import kernel
 BLOCK_256 = 320  # bytes of a q8_256 or q8_nibbles record
 SUMS, SCALE = 256, 288  # where in it
 SUMS_32 = 292  # 8 int16, of records that pair_panels.py reads
+WORDS_256, SCALE_OF_WORDS = 576, 512  # bytes of a record of 256 int16, also read there, and where its scale is
 CHUNK = 2048  # values per tile
 
 

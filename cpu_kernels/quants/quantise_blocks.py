@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from ..simd import F32, I8, I16, VF, VI, A, V, W, call, instruction, load, offset, splat, store
-from .activations import SCALE, SUMS, SUMS_32
+from .activations import SCALE, SCALE_OF_WORDS, SUMS, SUMS_32
 
 
 def _quantise(b, x, n, most=127.0):
@@ -54,7 +54,7 @@ def block_words(b, x, out):
     scale, q = _quantise(b, x, 16, 32767.0)
     for i, v in enumerate(q):
         store(b, b.trunc(v, V(I16, W)), offset(b, out, 32 * i))
-    store(b, scale, offset(b, out, 512))
+    store(b, scale, offset(b, out, SCALE_OF_WORDS))
 
 
 @instruction(types.void, A, A)
