@@ -51,8 +51,9 @@ def mla_prefill(
     if n_tok < 1 or n_past < 0 or n_past + n_tok > rows.shape[0]:
         raise ValueError(f"{n_tok} tokens after {n_past} in a cache of {rows.shape[0]} rows")
     variant = mha.choose(run.limits, nope, n_rot, n_v, n_tok, n_past)
+    absorbed = attention.choose(run.limits, type_k, rank, n_rot, min(n_tok, TOKENS) * n_head)
     with run.within("prefill"):
-        if variant is not None and mha.pays(n_tok, n_past):
+        if variant is not None and mha.pays(n_tok, n_past, isinstance(absorbed, attention.WarpgroupVariant)):
             mha.queue(run, variant, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
         else:
             _absorbed(run, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)

@@ -72,7 +72,7 @@ def names(run: ShimRun) -> list[str]:
 
 @pytest.fixture
 def absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past: False)
+    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past, warpgroups: False)
 
 
 @pytest.mark.parametrize("n_tok, n_past", [(1, 0), (9, 37), (TOKENS + 9, 3)])
@@ -100,7 +100,7 @@ def test_a_token_beyond_the_cache_is_refused() -> None:
 @pytest.fixture
 def any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens in MHA mode too, and chunks of 128 rows."""
-    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past: True)
+    monkeypatch.setattr(mha, "pays", lambda n_tok, n_past, warpgroups: True)
     monkeypatch.setattr(mha, "CHUNK_ROWS", (128, 128))
     monkeypatch.setattr(mha, "CHUNK_BYTES", 0)
 
@@ -166,10 +166,22 @@ def test_fewer_tokens_keep_no_more_sums(n_head: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "n_tok, n_past, is_mha", [(17, 0, True), (17, 1500, False), (64, 8000, False), (65, 8000, True)]
+    "n_tok, n_past, warpgroups, is_mha",
+    [
+        (17, 0, False, True),
+        (17, 1500, False, False),
+        (64, 8000, False, False),
+        (65, 8000, False, True),
+        (64, 0, True, True),
+        (64, 8000, True, False),
+        (65, 8000, True, False),
+        (256, 30_000, True, True),
+        (256, 100_000, True, False),
+        (512, 1_000_000, True, True),
+    ],
 )
-def test_the_form_is_chosen_by_the_numbers_of_tokens(n_tok: int, n_past: int, is_mha: bool) -> None:
-    assert mha.pays(n_tok, n_past) == is_mha
+def test_the_form_is_chosen_by_the_numbers_of_tokens(n_tok: int, n_past: int, warpgroups: bool, is_mha: bool) -> None:
+    assert mha.pays(n_tok, n_past, warpgroups) == is_mha
 
 
 def test_turing_has_the_absorbed_form_alone() -> None:
