@@ -16,6 +16,7 @@ import numpy as np
 from . import attention, k_cache, mha
 from ._compile import kernel
 from .check import rows_f32, steps
+from .device import Limits
 from .matmul import queue as multiply
 from .matmul import scratch_bytes as multiply_bytes
 from .quants import Weight
@@ -50,13 +51,24 @@ def mla_prefill(
         raise ValueError(f"w_uk of {w_uk.shape} and w_uv of {w_uv.shape} for rows of {kv_lora_rank} + {n_rot}")
     if n_tok < 1 or n_past < 0 or n_past + n_tok > rows.shape[0]:
         raise ValueError(f"{n_tok} tokens after {n_past} in a cache of {rows.shape[0]} rows")
-    variant = mha.choose(run.limits, nope, n_rot, n_v, n_tok, n_past)
-    absorbed = attention.choose(run.limits, type_k, rank, n_rot, min(n_tok, TOKENS) * n_head)
+    variant = choose(run.limits, type_k, w_uk.shape, n_rot, n_v, n_tok, n_past)
     with run.within("prefill"):
-        if variant is not None and mha.pays(n_tok, n_past, isinstance(absorbed, attention.WarpgroupVariant)):
+        if variant is not None:
             mha.queue(run, variant, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
         else:
             _absorbed(run, q, rows, type_k, n_past, rank, n_rot, kq_scale, w_uk, w_uv, norm_weight, out)
+
+
+def choose(
+    limits: Limits, type_k: str, w_uk: tuple[int, ...], n_rot: int, n_v: int, n_tok: int, n_past: int
+) -> mha.Variant | None:
+    """The shape of MHA mode, where that is the faster form; None for the absorbed one. w_uk: the weight's shape."""
+    n_head, rank, nope = w_uk
+    variant = mha.choose(limits, nope, n_rot, n_v, n_tok, n_past)
+    if variant is None:
+        return None
+    absorbed = attention.choose(limits, type_k, rank, n_rot, min(n_tok, TOKENS) * n_head)
+    return variant if mha.pays(n_tok, n_past, isinstance(absorbed, attention.WarpgroupVariant)) else None
 
 
 def _absorbed(

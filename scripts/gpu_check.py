@@ -24,11 +24,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_kernels as ops
-from gpu_kernels import device
+from gpu_kernels import device, prefill
 from gpu_kernels.attention import choose, geometry
 from gpu_kernels.k_cache import TYPES_K, row_bytes
 from gpu_kernels.matmul import takes_gemm
-from gpu_kernels.mha import pays
 from gpu_kernels.quants import FORMATS
 
 SCALE, EPS = 192**-0.5, 1e-6
@@ -350,7 +349,8 @@ def _check_prefill(run: Any, n_head: int, nope: int, n_v: int, n_past: int, n_to
         absorbed = np.einsum("thd,hcd->thc", q[:, :, :nope].astype(np.float64), values[0])
         absorbed = np.concatenate([absorbed, q[:, :, nope:]], -1)
         latent = attention(absorbed, exact, list(range(n_past + 1, n_past + n_tok + 1)), rank)
-        allowed = NMSE[type_k] if pays(n_tok, n_past, run.limits.sm == 90) else 1e-3
+        mha = prefill.choose(run.limits, type_k, w_uk.shape, n_rot, n_v, n_tok, n_past)
+        allowed = NMSE[type_k] if mha else 1e-3
         expected = np.einsum("thc,hvc->thv", latent, values[1])
         compare(f"mla_prefill {type_k}, {n_head} heads, {n_tok} tokens after {n_past}", out, expected, allowed)
 

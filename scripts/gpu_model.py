@@ -133,8 +133,8 @@ def check_sessions(report: dict[str, Any], path: Path, type_k: str) -> None:
                 logits, other = start.step([token]), end.step([token])
                 second, first = np.sort(logits)[-2:]
                 same = int(other.argmax()) == int(logits.argmax())
-                n_same, n_sure = n_same + same, n_sure + int(first - second > LEAD)
-                n_wrong += int(not same and first - second > LEAD)
+                sure = bool(first - second > LEAD)
+                n_same, n_sure, n_wrong = n_same + same, n_sure + sure, n_wrong + (sure and not same)
             print(f"{n_same} of {TOLD} tokens are the same, {n_sure} of them are no toss-ups; ", end="")
             note(report, f"session, {type_k}, {name}", n_wrong, not n_wrong)
 

@@ -12,7 +12,7 @@ from weights import BF16, F32, Q4_K, Q8_0, rows, weight
 
 import cpu_kernels
 from engine import reference
-from gpu_kernels import mha, mla_prefill, upload
+from gpu_kernels import mha, mla_prefill, prefill, upload
 from gpu_kernels.attention import choose
 from gpu_kernels.attention import kernels as decode_kernels
 from gpu_kernels.device import CARDS, Limits
@@ -182,6 +182,12 @@ def test_fewer_tokens_keep_no_more_sums(n_head: int) -> None:
 )
 def test_the_form_is_chosen_by_the_numbers_of_tokens(n_tok: int, n_past: int, warpgroups: bool, is_mha: bool) -> None:
     assert mha.pays(n_tok, n_past, warpgroups) == is_mha
+
+
+def test_a_short_prompt_after_many_rows_is_absorbed_where_wgmma_is() -> None:
+    shape = ("q8", (16, 512, 128), 64, 128, 65, 8000)
+    assert prefill.choose(CARDS[90], *shape) is None
+    assert prefill.choose(CARDS[80], *shape) is not None
 
 
 def test_turing_has_the_absorbed_form_alone() -> None:
