@@ -131,9 +131,9 @@ class Usage:
 
 def compile_only(file: str, defines: Iterable[tuple[str, int]], arch: int) -> dict[str, Usage]:
     """Each kernel's usage for an architecture such as 90, by ptxas's report. ValueError with the log if it fails."""
+    text, target = source(file, defines).encode(), f"-arch=sm_{arch_of(file, arch)}"
     lib = nvrtc()
     program = ctypes.c_void_p()
-    text, target = source(file, defines).encode(), f"-arch=sm_{arch_of(file, arch)}"
 
     def log() -> str:
         n = ctypes.c_size_t()
