@@ -36,10 +36,11 @@ SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # compile
 @kernel
 def decode_split_separate(prefetched, source):
     """decode_split of attention.py, in bf16, with values of their own."""
-    from cpu_kernels.simd import bc, device, ld_i32, ld_i64, prefetch, st
+    from cpu_kernels.simd import bc, device, ld, ld_i32, ld_i64, prefetch, st, st_bf16
 
     module = attention.KINDS["bf16"]
     read, before = attention.reading("bf16", "bf16"), device(attention.rows_before)
+    of_split = device(attention.split_bytes)
     add_scores, hide, soften = _scores(prefetched), attention.masking(), attention.softmax("bf16")
     add_values = module.values()
     GROUPS, ROWS, BLOCK, NO_SCORE = attention.GROUPS, attention.ROWS, attention.BLOCK, attention.NO_SCORE
@@ -63,13 +64,12 @@ def decode_split_separate(prefetched, source):
                 prefetch(rows + first * row_stride + i)
 
         lanes = (n_lanes + 15) // 16 * 16
-        out = partial + (split * lanes * (n_out + 2) + first_lane * n_out) * 4
-        maxima = partial + ((split * (n_out + 2) + n_out) * lanes + first_lane) * 4
+        partial += split * of_split(lanes, n_out, 2)
+        result = partial + first_lane * n_out * 2
+        maxima = partial + lanes * n_out * 2 + first_lane * 4
         sums = maxima + 4 * lanes
         panels += first_lane // 16 * panel_bytes
         limits += 4 * first_lane
-        for i in range(0, n_groups * n_out * 64, 64):
-            st(out + i, bc(0.0))
         for i in range(0, n_groups * 64, 64):
             st(maxima + i, bc(NO_SCORE))
             st(sums + i, bc(0.0))
@@ -78,7 +78,10 @@ def decode_split_separate(prefetched, source):
         units = fades + GROUPS * 64
         weights = units + GROUPS * 64
         zipped = weights + GROUPS * ROWS * 64
-        copy = zipped + ROWS * 64
+        out = zipped + ROWS * 64
+        copy = out + n_groups * n_out * 64
+        for i in range(0, n_groups * n_out * 64, 64):
+            st(out + i, bc(0.0))
         for t0 in range(first, last, ROWS):
             n = min(ROWS, last - t0)
             whole = (n + BLOCK - 1) // BLOCK * BLOCK
@@ -92,6 +95,8 @@ def decode_split_separate(prefetched, source):
                     hide(p, whole, t0, limits + at)
                 soften(p, x, row_stride, whole, maxima + at, sums + at, fades + at, units + at, C, R)
             add_values(weights, ROWS * 64, n_here, fades, units, v, latent_stride, whole, ahead, 0, zipped, out, C)
+        for i in range(0, n_groups * n_out * 16, 16):
+            st_bf16(result + 2 * i, ld(out + 4 * i))
 
     return body
 
