@@ -104,12 +104,22 @@ def _footnote(results: list[Result]) -> str:
     versions = sorted({r["version"] for r in results if "version" in r})
     machine = " / ".join(sorted({r["machine"] for r in results if "machine" in r}))
     others = max(r["others"] for r in results)
-    rounds = len({r["round"] for r in results})
     return (
-        f"{machine}; {results[0]['threads']} threads; medians of {rounds} round{'s' * (rounds > 1)}, each engine at its"
-        f" best flags, in brackets; {', '.join(versions)}. Limits in the same run: DRAM {limits['read_gb_s']:.1f} GB/s;"
+        f"{machine}; {results[0]['threads']} threads; medians of {_rounds(results)}, each engine at its best flags, in"
+        f" brackets; {', '.join(versions)}. Limits in the same run: DRAM {limits['read_gb_s']:.1f} GB/s;"
         f" 10⁹ products/s, each with its addition: {kinds}. Other processes took at most {others:.2f} cores."
     )
+
+
+def _rounds(results: list[Result]) -> str:
+    """How many: 5 rounds, or, where models differ, 5 rounds (a) and 2 rounds (b)."""
+    found: dict[str, set[int]] = {}
+    for r in results:
+        found.setdefault(r["model"].removesuffix(".gguf"), set()).add(r["round"])
+    said = {model: f"{len(rounds)} round{'s' * (len(rounds) > 1)}" for model, rounds in found.items()}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return " and ".join(f"{rounds} ({model})" for model, rounds in said.items())
 
 
 def medians_of(found: list[dict[str, float]]) -> dict[str, float]:
