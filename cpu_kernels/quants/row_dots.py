@@ -20,10 +20,17 @@ scale serve both (Q5_0 14 %, Q8_0 10 %; Q4_0 and IQ4_NL gain 6 %, with AVX2 16 a
 scales put together in a vector register (Q5_0 6 %, Q4_0 8 %; with 45 instructions for 54 it gains 10 % where another
 tenant has the core's other thread). A stack aligned for what AVX2 spills changed nothing in 15 processes.
 
+Tried and slower on a core that another tenant seems to share, where Q4_K gets 23 and Q5_0 15 GB/s: scales picked from
+two loads by vpermt2w (Q5_0 4 %, with 42 instructions for 51); a block in half a register, so that the addition takes
+its scale from memory (Q5_0 10 %, Q8_0 22 %, with a fifth less work for the pipes); to prefetch into the first cache as
+well (3 to 10 %). Little gained: eight blocks for four at a time (0 to 4 %); sums of Q4_K from two products before they
+are packed (1 to 4 %, but the activations would have another order).
+
 Weights come from memory once, so each loop asks for what lies AHEAD: the CPU's own prefetchers stop where a page ends.
 Zen 4, two threads, 300 MB, share of the DRAM read limit without -> with: Q5_0 81 -> 88 %, Q4_0 82 -> 91, Q4_K 86 -> 92,
 Q6_K and Q8_0 91 -> 92; a decode step of DeepSeek-V2-Lite 58.4 -> 54.0 ms. 2 KiB ahead gained nothing, 16 KiB less;
-towards the first cache instead of the second, 10 to 16 % less.
+towards the first cache instead of the second, 10 to 16 % less; every other line alone, half the rate for Q6_K and Q5_0.
+Rows from 4 or 16 places of a tile in turns, for more streams: 0 to 16 % less.
 """
 
 from __future__ import annotations
