@@ -200,11 +200,19 @@ def test_a_regex_matches_the_whole_text(model: Engine, pattern: str) -> None:
         assert re.fullmatch(pattern, write(model, Grammar.regex(pattern), seed))
 
 
-def test_a_lark_grammar_is_followed(model: Engine) -> None:
-    grammar = Grammar.lark('start: "(" item ("," item)* ")"\nitem: /[a-z]{1,4}/ | start\n')
-    text = write(model, grammar, seed=5, logit_bias={model.tokenizer.encode("(", add_special=False)[0]: -3.0})
-    assert text.count("(") == text.count(")") > 0
-    assert re.fullmatch(r"[(),a-z]+", text)
+@pytest.mark.parametrize("bias", [0.0, 50.0])
+def test_a_lark_grammar_is_followed(model: Engine, bias: float) -> None:
+    """Bounded, so that every text ends, whatever is sampled; the bias opens a list wherever one may begin."""
+    grammar = Grammar.lark(
+        'start: "(" item ("," item){0,3} ")"\nitem: WORD | "(" WORD ("," WORD){0,3} ")"\nWORD: /[a-z]{1,4}/\n'
+    )
+    (opening,) = model.tokenizer.encode("(", add_special=False)
+    words = "[a-z]{1,4}(,[a-z]{1,4}){0,3}"
+    item = rf"(\({words}\)|[a-z]{{1,4}})"
+    for seed in range(3):
+        text = write(model, grammar, seed, logit_bias={opening: bias})
+        assert re.fullmatch(rf"\({item}(,{item}){{0,3}}\)", text), text
+        assert text.startswith("((") == (bias > 0), text
 
 
 def masked(constraint: Constraint, n_vocab: int) -> set[int]:
