@@ -223,6 +223,20 @@ def masked(constraint: Constraint, n_vocab: int) -> set[int]:
     return set(np.flatnonzero(logits == 0.0).tolist())
 
 
+def test_a_rule_of_a_lark_grammar_may_contain_itself(model: Engine) -> None:
+    tokenizer = model.tokenizer
+    constraint = Grammar.lark('start: "(" item ("," item)* ")"\nitem: /[a-z]{1,4}/ | start\n').constraint(tokenizer)
+    opening, a, comma, closing = (tokenizer.encode(c, add_special=False)[-1] for c in "(a,)")
+    depth = 0
+    for token in (opening, opening, opening, a, closing, comma, opening, a, comma, a, closing, closing, closing):
+        assert token in masked(constraint, tokenizer.n_vocab) and not constraint.finished
+        constraint.accept(token)
+        depth += (token == opening) - (token == closing)
+        assert constraint.may_end == (depth == 0)
+        assert closing not in masked(constraint, tokenizer.n_vocab) or depth > 0
+    assert constraint.finished
+
+
 def test_the_end_is_allowed_exactly_where_the_text_may_end(model: Engine) -> None:
     tokenizer = model.tokenizer
     (a,) = tokenizer.encode("a", add_special=False)
