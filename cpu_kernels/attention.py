@@ -21,9 +21,9 @@ with AVX2, whose sums of pairs have 16 bits, for queries of 7 bits (decode_int8.
 The cache is cut into splits, whose bounds are fixed and whose results are merged in order: the same bits for any number
 of threads and any companions in a step. Splits grow with their position, 5 for 500 tokens, 35 for 16k, 115 for 160k:
 short contexts occupy all threads, long ones do not spend their time on merging. What splits leave is pushed out of the
-caches by the weights of a step, so outputs are bf16, and merging prefetches them. A step of DeepSeek-V2-Lite, q8, two
-threads of Zen 4 in turns with f32: splits 9 % faster at 4k and 3 % at 16k, merging 1.5 and 1.6 times. 13 splits for 17
-at 4k, 26 for 35 at 16k, gain as much, but 8 threads would wait for each other at 2k.
+caches by the weights of a step, so outputs are bf16 (for f16 f32), and merging prefetches them. DeepSeek-V2-Lite, q8,
+two threads of Zen 4 in turns with f32: splits 9 % faster at 4k and 3 % at 16k, merging 1.5 and 1.6 times. 13 splits for
+17 at 4k, 26 for 35 at 16k, gain as much, but 8 threads would wait for each other at 2k.
 
 Zen 4 at 3.6 GHz (a zmm dot a cycle), 16 heads, one thread, n_kv 16,384, share of the peak of their products (of q8 of
 int8, though its rope part is bf16, half as fast):
